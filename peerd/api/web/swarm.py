@@ -5,7 +5,7 @@ joins.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peerd.api.coverage import coverage_of, offers_of, usable
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peerd.api.models import Models
     from peerd.client.model import SwarmModel
     from peerd.peer import Peer
+    from peerd.protocol.identity import PeerId
     from peerd.routing.directory.offer import Offer
 
 # The page asks every few seconds; several open pages share one lookup.
@@ -56,7 +57,7 @@ class SwarmView:
 
     async def _describe_model(self, name: str, model: SwarmModel) -> dict[str, Any]:
         offers = await offers_of(self._peer, model, _MAX_AGE_S)
-        online = usable(offers, model)
+        online, gone = usable(offers, model), model.unreachable()
         since = self._history.since(name, {str(offer.peer_id) for offer in offers})
         runs = coverage_of(model, online)
         return {
@@ -66,12 +67,12 @@ class SwarmView:
             "covered": all(servers for _, _, servers in runs),
             "coverage": [{"start": start, "end": end, "servers": servers} for start, end, servers in runs],
             "server_count": len({offer.peer_id for offer in online}),
-            "servers": [self._describe_offer(offer, since) for offer in _in_order(offers)[:_MOST_PEERS]],
+            "servers": [self._describe_offer(offer, since, gone) for offer in _in_order(offers)[:_MOST_PEERS]],
             "join": self._join_command(model),
             "invitation": None if (found := invitation_of(self._peer, model.facts)) is None else str(found),
         }
 
-    def _describe_offer(self, offer: Offer, since: Mapping[str, float]) -> dict[str, Any]:
+    def _describe_offer(self, offer: Offer, since: Mapping[str, float], gone: Collection[PeerId]) -> dict[str, Any]:
         record = offer.record
         connection = self._peer.connections.live.get(offer.peer_id)
         rtt_s = None if connection is None else connection.rtt_s
@@ -90,6 +91,7 @@ class SwarmView:
             "way": None if connection is None else connection.way,
             "address": str(offer.addresses[0]) if offer.addresses else None,
             "seen_since": round(since[str(offer.peer_id)]),
+            "reached": offer.peer_id not in gone,
             "is_us": offer.peer_id == self._peer.peer_id,
         }
 

@@ -28,9 +28,9 @@ function delayOf(peer) {
 }
 
 function texts(figures) {
-  const found = [figures.text];
-  if (figures.tokensPerSecond !== null) found.push(`${figures.tokensPerSecond.toFixed(1)} tokens/s`);
-  if (figures.firstTokenMs !== null) found.push(`first after ${figures.firstTokenMs} ms`);
+  const found = figures.tokens ? [figures.text] : [];
+  if (figures.tokensPerSecond) found.push(`${figures.tokensPerSecond.toFixed(1)} tokens/s`);
+  if (figures.firstTokenMs) found.push(`first after ${figures.firstTokenMs} ms`);
   if (figures.cached) found.push(`${figures.cached} of ${figures.prompt} tokens read before`);
   if (figures.failovers) found.push(`${count(figures.failovers, "peer")} replaced on the way`);
   return found;

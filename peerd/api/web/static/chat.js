@@ -1,13 +1,19 @@
 // The chat: conversations on the left, the one that is open on the right, and the chain that answers it below.
 
+import { Answer, Painter } from "./answer.js";
 import { getJson, streamChat } from "./api.js";
 import { chainStrip } from "./chain.js";
-import { copyButton, count, el, fill } from "./dom.js";
+import { copyButton, el, fill, sentence } from "./dom.js";
 import { markdown } from "./markdown.js";
 import { loadConversations, newConversation, requestOf, saveConversations, titleOf } from "./store.js";
 
 // Pixels of the box in which a question is typed; a longer one scrolls.
 const TALLEST = 240;
+const EXAMPLES = [
+  "Explain in three sentences why the sky is blue.",
+  "Write a Python function that tells whether a word is a palindrome.",
+  "Give me five names for a cat that is afraid of mice.",
+];
 const FIELDS = [
   ["temperature", "Temperature", "0 to 2", { min: 0, max: 2, step: 0.05 }],
   ["top_p", "Top p", "0 to 1", { min: 0, max: 1, step: 0.01 }],
@@ -39,13 +45,18 @@ export class Chat {
     this.send = el("button", { type: "submit", class: "primary" }, "Send");
     this.stop = el("button", { type: "button", onclick: () => this.running?.abort(), hidden: true }, "Stop");
     this.model = el("select", { "aria-label": "Model", onchange: () => this.chooseModel() });
-    this.settings = el("details", { class: "settings" });
+    this.settings = el("div", { class: "fields", id: "settings", hidden: true });
+    this.knob = el("button", { type: "button", class: "quiet", "aria-expanded": "false", "aria-controls": "settings",
+      onclick: () => this.showSettings(this.settings.hidden) }, "Settings");
     const list = el("button", { type: "button", class: "quiet only-narrow", "aria-label": "Conversations",
       onclick: () => this.side.classList.toggle("open") }, "☰");
+    // On a phone the conversations lie over the talk: a touch beside them puts them away.
+    const close = () => this.side.classList.remove("open");
     const form = el("form", { class: "composer", onsubmit: (event) => this.onSubmit(event) }, this.input, this.stop, this.send);
-    const top = el("div", { class: "chat-top" }, list, this.model, this.settings);
-    fill(root, this.side, el("div", { class: "talk" }, top, this.log, this.strip, form));
-    document.addEventListener("keydown", (event) => event.key === "Escape" && this.running?.abort());
+    const top = el("div", { class: "chat-top" }, list, this.model, this.knob);
+    fill(root, this.side, el("div", { class: "veil", onclick: close }),
+      el("div", { class: "talk" }, top, this.settings, this.log, this.strip, form));
+    document.addEventListener("keydown", (event) => event.key === "Escape" && (close(), this.running?.abort()));
   }
 
   /** Which models the daemon offers; called again whenever that may have changed. */
@@ -57,6 +68,12 @@ export class Chat {
     this.models = models;
     if (!this.models.includes(this.open.model)) this.open.model = this.models[0] ?? "";
     this.renderTop();
+    if (!this.open.messages.length) fill(this.log, this.welcome());
+  }
+
+  showSettings(shown) {
+    this.settings.hidden = !shown;
+    this.knob.setAttribute("aria-expanded", String(shown));
   }
 
   start() {
@@ -84,6 +101,7 @@ export class Chat {
   chooseModel() {
     this.open.model = this.model.value;
     this.save();
+    if (!this.open.messages.length) fill(this.log, this.welcome());
   }
 
   save() {
@@ -180,12 +198,19 @@ export class Chat {
     this.renderTop();
     const { messages } = this.open;
     if (messages.length) fill(this.log, messages.map((message, number) => this.bubble(message, number)));
-    else fill(this.log, el("p", { class: "empty" }, "Ask the swarm. The peers that compute an answer can read it."));
+    else fill(this.log, this.welcome());
     this.log.scrollTop = this.log.scrollHeight;
     this.send.hidden = this.running !== null;
     this.stop.hidden = this.running === null;
     const last = messages.findLast((message) => message.figures);
     fill(this.strip, last ? chainStrip(last.figures.chain, last.figures) : null);
+  }
+
+  welcome() {
+    const examples = EXAMPLES.map((text) => el("button", { type: "button", onclick: () => this.ask(text) }, text));
+    return el("div", { class: "welcome" }, el("h2", {}, this.open.model ? `Ask ${this.open.model}` : "Ask the swarm"),
+      el("div", { class: "examples" }, examples),
+      el("p", { class: "note" }, "The peers that compute an answer can read it, and the question."));
   }
 
   renderList() {
@@ -211,7 +236,7 @@ export class Chat {
     const system = el("label", { class: "wide" }, el("span", {}, "System prompt"),
       el("textarea", { rows: "3", value: this.open.settings.system, onchange: change("system"),
         placeholder: "How the model should behave. Empty: as its template says." }));
-    fill(this.settings, el("summary", {}, "Settings"), el("div", { class: "fields" }, system, fields));
+    fill(this.settings, system, fields);
   }
 
   bubble(message, number) {
@@ -225,8 +250,8 @@ export class Chat {
       !isUser && el("button", { type: "button", class: "quiet small", onclick: () => this.again(number) }, "Retry"),
     ];
     const notes = [
-      message.failed && el("p", { class: "error", role: "alert" }, message.failed,
-        message.retryAfterS ? ` Try again in ${message.retryAfterS} s.` : null),
+      message.failed && el("div", { class: "failure", role: "alert" }, el("strong", {}, "No answer"),
+        el("p", {}, sentence(message.failed), message.retryAfterS ? ` Try again in ${message.retryAfterS} s.` : null)),
       message.stopped && el("p", { class: "note" }, "Stopped."),
       message.figures?.finish === "length" && el("p", { class: "note" }, "The answer has reached its longest length."),
     ];
@@ -246,76 +271,7 @@ export class Chat {
   }
 }
 
-/** One answer as its pieces come: its text goes into the message, its figures are kept here. */
-class Answer {
-  constructor(message) {
-    this.message = message;
-    this.chain = [];
-    this.failovers = 0;
-    this.tokens = 0;
-    this.prompt = 0;
-    this.cached = 0;
-    this.finish = null;
-    this.started = performance.now();
-    this.first = null;
-    this.last = null;
-  }
-
-  take(piece) {
-    if (piece.peerd) ({ chain: this.chain, failovers: this.failovers } = piece.peerd);
-    if (piece.usage) {
-      this.tokens = piece.usage.completion_tokens;
-      this.prompt = piece.usage.prompt_tokens;
-      this.cached = piece.usage.prompt_tokens_details?.cached_tokens ?? 0;
-    }
-    const [choice] = piece.choices;
-    if (!choice) return;
-    this.message.content += choice.delta.content ?? "";
-    if (choice.delta.reasoning_content) this.message.thought = (this.message.thought ?? "") + choice.delta.reasoning_content;
-    this.finish = choice.finish_reason ?? this.finish;
-    if (choice.delta.role) return;
-    this.last = performance.now();
-    this.first ??= this.last;
-    this.tokens += 1;
-  }
-
-  figures() {
-    const seconds = (this.last - this.first) / 1000;
-    return {
-      chain: this.chain,
-      failovers: this.failovers,
-      tokens: this.tokens,
-      prompt: this.prompt,
-      cached: this.cached,
-      finish: this.finish,
-      firstTokenMs: this.first === null ? null : Math.round(this.first - this.started),
-      tokensPerSecond: this.tokens > 1 && seconds > 0 ? (this.tokens - 1) / seconds : null,
-      text: count(this.tokens, "token"),
-    };
-  }
-}
-
 /** What the model thought before it answered, folded away. */
 function thoughtBox(message) {
   return el("details", { class: "thought", hidden: !message.thought }, el("summary", {}, "Thoughts"), el("div", {}, message.thought));
-}
-
-/** Paints at most once a frame, however fast the pieces come. */
-class Painter {
-  constructor(paint) {
-    this.paint = paint;
-    this.frame = null;
-  }
-
-  soon() {
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = null;
-      this.paint();
-    });
-  }
-
-  stop() {
-    if (this.frame !== null) cancelAnimationFrame(this.frame);
-    this.frame = null;
-  }
 }

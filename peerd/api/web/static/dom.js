@@ -57,6 +57,12 @@ export function shortId(peerId) {
   return peerId.length > 18 ? `${peerId.slice(0, 8)}..${peerId.slice(-6)}` : peerId;
 }
 
+/** An error's message as a sentence; PeerIds are shortened. */
+export function sentence(message) {
+  const text = message.trim().replace(/\b12D3KooW\w{44}\b/g, shortId);
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+}
+
 export function count(number, one, many = `${one}s`) {
   return `${number} ${number === 1 ? one : many}`;
 }

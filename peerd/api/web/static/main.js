@@ -39,6 +39,7 @@ async function refresh() {
     const uncovered = models.filter((model) => !model.covered);
     health.className = uncovered.length ? "pill thin" : "pill good";
     health.textContent = uncovered.length ? `waiting for servers of ${uncovered[0].name}` : "ready";
+    health.title = health.textContent;
   } catch (error) {
     health.className = "pill bad";
     health.textContent = error.status === 401 ? "needs a token" : "no answer";

@@ -8,10 +8,17 @@ export const DEFAULTS = { system: "", temperature: "", top_p: "", max_tokens: ""
 export function loadConversations() {
   try {
     const found = JSON.parse(localStorage.getItem(KEY) ?? "[]");
-    return Array.isArray(found) ? found.filter((one) => one && one.id && Array.isArray(one.messages)) : [];
+    return Array.isArray(found) ? found.filter((one) => one?.id && Array.isArray(one.messages)).map(sound) : [];
   } catch {
     return [];
   }
+}
+
+/** What another version of the page has kept may lack something: what cannot be shown is left out. */
+function sound(conversation) {
+  const messages = conversation.messages.filter((one) => typeof one?.content === "string" && typeof one.role === "string");
+  for (const message of messages) if (!Array.isArray(message.figures?.chain)) delete message.figures;
+  return { ...conversation, model: conversation.model ?? "", settings: { ...DEFAULTS, ...conversation.settings }, messages };
 }
 
 /** Keep the newest conversations; where the browser has no room, fewer of them. Returns what could be kept. */

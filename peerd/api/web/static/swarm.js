@@ -78,7 +78,7 @@ function legend() {
 }
 
 function servers(model, number) {
-  if (!model.servers.length) return el("p", { class: "empty" }, "Nobody serves this model now.");
+  if (!model.servers.length) return el("p", { class: "note" }, "Nobody serves this model now.");
   const head = ["Peer", "Blocks", "Speed", "Free cache", "Delay", "Way", "Seen for"];
   const body = el("tbody", {}, model.servers.map((server) => row(server, model.block_count)));
   const table = el("table", {}, el("caption", { class: "hidden" }, `Servers of ${model.name}`),
@@ -87,12 +87,12 @@ function servers(model, number) {
 }
 
 function row(server, blockCount) {
-  const state = server.state === "online" ? null : el("span", { class: "badge" }, server.state);
-  const marks = [state, server.is_us && el("span", { class: "badge" }, "this peer"),
+  const state = server.reached ? server.state : "not reached";
+  const marks = [state !== "online" && el("span", { class: "badge" }, state), server.is_us && el("span", { class: "badge" }, "this peer"),
     inUse.has(server.peer_id) && el("span", { class: "badge live" }, "answers you")];
   const delay = server.rtt_ms === null ? "not measured" : `${server.rtt_ms < 10 ? server.rtt_ms.toFixed(1) : Math.round(server.rtt_ms)} ms`;
   const kind = server.quantization === "none" ? server.dtype : server.quantization;
-  return el("tr", { class: server.state },
+  return el("tr", { class: state === "online" ? null : "away" },
     el("th", { scope: "row", title: server.peer_id }, shortId(server.peer_id), marks),
     el("td", {}, `${blocks(server.start, server.end)} `, spanBar(server, blockCount), el("small", {}, ` ${kind}`)),
     el("td", {}, `${server.positions_a_second.toLocaleString("en")} tokens/s`),

@@ -33,6 +33,8 @@ f("<b>")
 <img src=x> [a](javascript:x) [b](https://example.org/)"""
 LONG = "word " * 180
 LAST = "document.querySelector('.message.assistant:last-child')"
+ADD_ODD = """[...JSON.parse(localStorage['peerd.conversations']), {id: "old", messages: [
+    null, {role: "user"}, {role: "user", content: "Old"}, {role: "assistant", content: "Old answer", figures: {}}]}]"""
 DONE = f"{LAST} && {LAST}.querySelector('.tools button')"
 
 
@@ -107,8 +109,14 @@ async def test_a_conversation_outlives_a_reload_and_can_be_edited(open_chat):
     async with open_chat("Certainly.") as (page, daemon):
         await ask(page, "First question")
         await page.wait(DONE)
+        # Another version of the page may have kept less, or more, of one.
+        await page.run(f"localStorage['peerd.conversations'] = JSON.stringify({ADD_ODD})")
+        await page.go("about:blank")
         await page.go(f"{daemon.url}/")
         await page.wait(f"{LAST}?.innerText.includes('Certainly.')")
+        await page.run("document.querySelectorAll('.conversations .title')[1].click()")
+        await page.wait(f"{LAST}?.innerText.includes('Old answer')")
+        await page.run("document.querySelector('.conversations .title').click()")
         await page.run(press("user", "Edit"))
         await page.run("document.querySelector('.edit textarea').value = 'Another question'")
         await page.run("document.querySelector('.edit button').click()")
@@ -129,6 +137,21 @@ async def test_the_next_turn_says_how_much_of_it_was_read_before(open_chat):
         await ask(page, "And then?")
         await page.wait(f"{figures}.match(/[0-9]+ of [0-9]+ tokens read before/)")
         assert page.errors == []
+
+
+@needs_browser
+async def test_a_question_may_be_chosen_and_what_is_refused_is_said_in_a_sentence(open_chat):
+    async with open_chat("Certainly.") as (page, _):
+        await page.wait("document.querySelector('.welcome h2').textContent === 'Ask bytes'")
+        await page.run("document.querySelector('[aria-controls=settings]').click()")
+        await page.run("document.querySelector('#settings input').value = 9")
+        await page.run("document.querySelector('#settings input').dispatchEvent(new Event('change'))")
+        await page.run("document.querySelector('.examples button').click()")
+        await page.wait("document.querySelector('.failure')")
+        said = await page.run("document.querySelector('.failure p').textContent")
+        assert said.startswith("Temperature")
+        assert said.endswith(".")
+        assert "0 tokens" not in await page.run("document.querySelector('.strip').innerText")
 
 
 @needs_browser

@@ -33,31 +33,38 @@ async def violations(page: Page) -> list[object]:
     return list(violated)
 
 
-@pytest.mark.parametrize("width", [1280, 390], ids=["wide", "narrow"])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-async def test_every_view_follows_the_rules(open_daemon, scripted_head, tmp_path: Path, width: int, dark: bool) -> None:
+async def violations_in_all_looks(page: Page) -> list[object]:
+    found: list[object] = []
+    for width in (1280, 390):
+        for dark in (False, True):
+            await page.look(width, 900, dark=dark)
+            found += [(width, dark, one) for one in await violations(page)]
+    return found
+
+
+async def test_every_view_follows_the_rules(open_daemon, scripted_head, tmp_path: Path) -> None:
     axe = await trio.Path(AXE).read_text()
     with run_chromium(tmp_path) as browser:
         async with open_daemon(scripted_head(ANSWER)) as daemon, open_page(browser) as page:
-            await page.look(width, 900, dark=dark)
             await page.go(f"{daemon.url}/#token={TOKEN}")
             await page.run(f"{axe}; 0")
             await page.wait("document.querySelector('#health').textContent === 'ready'")
+            assert await violations_in_all_looks(page) == []
             await page.run("document.querySelector('#prompt').focus()")
             await page.type("What is two?")
             await page.press("Enter")
             await page.wait("document.querySelector('.message.assistant:last-child .tools button')")
-            assert await violations(page) == []
-            await page.run("document.querySelector('.settings').open = true")
-            assert await violations(page) == []
+            assert await violations_in_all_looks(page) == []
+            await page.run("document.querySelector('[aria-controls=settings]').click()")
+            assert await violations_in_all_looks(page) == []
             await page.run("location.hash = 'swarm'")
             await page.wait("document.querySelector('.qr figcaption') && !document.querySelector('#view-swarm').hidden")
-            assert await violations(page) == []
+            assert await violations_in_all_looks(page) == []
             await page.run("location.hash = 'peer'")
             await page.wait("document.querySelector('#uptime') && !document.querySelector('#view-peer').hidden")
-            assert await violations(page) == []
+            assert await violations_in_all_looks(page) == []
             daemon.swarm.kill(daemon.swarm.hosts[1])
             await page.run("location.hash = 'swarm'")
             await page.wait("document.querySelector('.verdict.bad')")
-            assert await violations(page) == []
+            assert await violations_in_all_looks(page) == []
             assert page.errors == []
