@@ -20,7 +20,7 @@ from peerd.compute.engine.runner import SpanRunner
 from peerd.compute.engine.scheduler import Scheduler
 from peerd.compute.errors import UnknownAdapterError
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
-from peerd.compute.kv.pages import PagePool
+from peerd.compute.kv.page_pool import PagePool
 from peerd.compute.model.span_model import SpanModel
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
 from peerd.compute.training.memory import PassMemory
@@ -64,7 +64,7 @@ class BaseEngine(ABC):
 
     @property
     def free_tokens(self) -> int:
-        """KV tokens that no session has committed."""
+        """KV tokens that no session is expected to need."""
         return self._pool.free_tokens
 
     @property
@@ -75,8 +75,33 @@ class BaseEngine(ABC):
         return self._scheduler.free_length
 
     def tokens_wanted(self, size: SessionSize) -> int:
-        """The KV tokens that `open` commits for a session of this size."""
+        """The KV tokens that a session of this size is expected to need when it opens: all that it asks for, or twice
+        the texts with which it begins, if it says how long they are.
+        """
         return self._scheduler.tokens_wanted(size)
+
+    def tokens_of(self, session: Hashable) -> int:
+        """The KV tokens that an open session is expected to need: once it has begun, twice the most that it has had."""
+        return self._scheduler.tokens_of(session)
+
+    @property
+    def short(self) -> list[Hashable]:
+        """The sessions whose steps wait because the pool has no pages left: other sessions must end first."""
+        return self._scheduler.short
+
+    @property
+    def missing_pages(self) -> int:
+        """How many of the pool's pages must become free until all sessions that are `short` can run."""
+        return self._scheduler.missing_pages
+
+    @property
+    def total_pages(self) -> int:
+        """The pool's pages."""
+        return self._pool.pages
+
+    def pages_of(self, session: Hashable) -> int:
+        """How many of the pool's pages an open session has."""
+        return self._scheduler.pages_of(session)
 
     def open(
         self,
@@ -88,7 +113,8 @@ class BaseEngine(ABC):
         weight: float = 1.0,
         adapter: str = "",
     ) -> None:
-        """Commit KV for a session of this size; `blocks` (default all) are those that it uses.
+        """Open a session of at most this size; `blocks` (default all) are those that it uses. It takes KV as its
+        positions come, and waits in the queue where there is none left (`short`).
 
         owner: the client; batches are fair among owners. weight: how many times the share of an owner of weight 1 it
             gets.

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from peerd.compute.engine.fair_shares import FairShares
+from peerd.compute.engine.packing import Packing
 from peerd.compute.engine.session import EngineSession, QueuedStep
 from peerd.compute.errors import BatchFailedError, ContextTooLongError, EngineError, InvalidStepError, NonFiniteError
 from peerd.compute.kv.layout import Demand, KVLayout
-from peerd.compute.kv.pages import PagePool
+from peerd.compute.kv.page_pool import PagePool
+from peerd.compute.kv.reserve import PageReserve, expected_sets
 from peerd.compute.kv.row_cache import Retention, RowState
-from peerd.compute.steps import Batch, BatchOutput, EngineStep, PageCopy, Piece, Segment, StateCopy, StepResult
-from peerd.protocol.rows import RowSlice, SessionSize
+from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
     import torch
 
-# Beside decodes, prefills get this part of the budget, because sessions that wait for a token wait for the prefills
-# too. On a CPU 64 positions a batch cost 7 % more than 256 do (SmolLM2-135M), and end a quarter as late.
-PREFILL_SHARE = 4
 # A ready session that was left out of this many batches, as a prefill beside decodes or for its blocks, goes first.
 MAX_PASSED_OVER = 4
 # The longest session that a client may request (spec/sessions/session.md): if all blocks have windows, any length fits.
@@ -63,11 +63,20 @@ class Scheduler:
         return f"<Scheduler {self._span} sessions={len(self._sessions)} queued={queued} {self._pool!r}>"
 
     def tokens_wanted(self, size: SessionSize) -> int:
-        """KV tokens that such a session commits: each row in whole pages, all of them in whole sets."""
-        return self._tokens_for(self._demands(size), size.max_rows)
+        """KV tokens that such a session is expected to need when it opens, in whole sets of pages."""
+        sets = expected_sets(size.max_rows, self._demands(size), self._pool.groups, self._begins_with(size))
+        return sets * self._pool.page_tokens
 
-    def _tokens_for(self, demands: tuple[Demand, ...], rows: int) -> int:
-        return self._layout.sets_wanted(demands, rows) * self._pool.page_tokens
+    def tokens_of(self, name: Hashable) -> int:
+        """KV tokens that an open session is expected to need."""
+        return self._sessions[name].reserve.tokens
+
+    def _begins_with(self, size: SessionSize) -> int | None:
+        """How many pages the texts take with which a session's rows begin; None if it does not say."""
+        if not size.prompt_length:
+            return None
+        demands = self._demands(replace(size, max_length=min(size.prompt_length, size.max_length)))
+        return size.max_rows * sum(each.groups * each.pages_per_row for each in demands if not each.keep.running)
 
     @property
     def free_length(self) -> int:
@@ -96,12 +105,12 @@ class Scheduler:
             raise InvalidStepError(f"not a session: {size}")
         demands = self._demands(size)
         total = self._pool.total_tokens
-        if self._tokens_for(demands, size.max_rows) > total:
+        if self._layout.sets_wanted(demands, size.max_rows) * self._pool.page_tokens > total:
             raise ContextTooLongError(
                 f"{size.max_rows} rows of {size.max_length} positions exceed this peer's {total} KV tokens: ask for"
                 " fewer rows or positions at once"
             )
-        reserve = self._pool.reserve(size.max_rows, demands)
+        reserve = PageReserve(self._pool, size.max_rows, demands, self._begins_with(size))
         retention = Retention(demands, size.max_rollback)
         self._sessions[name] = EngineSession(blocks, size, reserve, retention, owner, weight, adapter)
 
@@ -127,12 +136,35 @@ class Scheduler:
     def lengths(self, name: Hashable) -> dict[int, int]:
         return self._sessions[name].lengths()
 
+    def cut_lengths(self, name: Hashable) -> dict[int, int]:
+        """The lengths of rows that were cut for a step which waits for pages. None if the step forks rows too, which
+        have to be forked before they are cut.
+        """
+        session = self._sessions[name]
+        first = session.queue[0]
+        return {} if first.step.ops else {piece.row: session.row(piece.row).length for piece in first.step.rows}
+
     def hold(self, name: Hashable, held: bool) -> None:
         self._sessions[name].held = held
 
     @property
     def is_ready(self) -> bool:
         return any(session.is_ready for session in self._sessions.values())
+
+    @property
+    def short(self) -> list[Hashable]:
+        """The sessions whose next positions wait for pages."""
+        return [name for name, session in self._sessions.items() if session.is_short]
+
+    @property
+    def missing_pages(self) -> int:
+        """How many pages must become free until all these sessions can run."""
+        short = [session for session in self._sessions.values() if session.is_short]
+        return sum(session.lacking for session in short) - self._pool.free_pages if short else 0
+
+    def pages_of(self, name: Hashable) -> int:
+        """How many of the pool's pages a session has."""
+        return self._sessions[name].reserve.used_pages
 
     def check(self, step: EngineStep) -> dict[int, RowState]:
         """The rows after `step`, once it has run behind all queued steps. Raises what `Engine.check` raises."""
@@ -153,15 +185,20 @@ class Scheduler:
         """The next batch, or None if no session is ready."""
         if self._running is not None:
             raise RuntimeError("the last batch has not been collected")
-        ready = [(name, session) for name, session in self._sessions.items() if session.is_ready]
-        if not ready:
-            return None
+        while ready := [(name, session) for name, session in self._sessions.items() if session.is_ready]:
+            batch = self._packed(ready)
+            # If there are no pages for any of the batch, these sessions wait, and perhaps others can run.
+            if batch.pieces:
+                return batch
+        return None
+
+    def _packed(self, ready: Sequence[_Entry]) -> Batch:
         self._shares.begin_turn({session.owner for _, session in ready})
         decodes = [entry for entry in ready if not entry[1].is_prefill]
         prefills = [entry for entry in ready if entry[1].is_prefill]
         leader = self._leader(decodes, prefills)
         blocks = leader[1].blocks
-        packing = _Packing(self._batch_tokens, any(session.blocks == blocks for _, session in decodes))
+        packing = Packing(self._batch_tokens, any(session.blocks == blocks for _, session in decodes))
         for name, session in chain((leader,), self._in_order(decodes), self._in_order(prefills)):
             if session.blocks == blocks and not session.running:
                 left = packing.budget
@@ -171,7 +208,7 @@ class Scheduler:
                     self._sessions[name] = self._sessions.pop(name)
         for _, session in ready:
             session.passed_over = 0 if session.running else session.passed_over + 1
-        self._running = packing.owners
+        self._running = packing.owners or None
         return Batch(blocks, tuple(packing.pieces), tuple(packing.copies), tuple(packing.state_copies))
 
     def _leader(self, decodes: Sequence[_Entry], prefills: Sequence[_Entry]) -> _Entry:
@@ -224,63 +261,3 @@ class Scheduler:
             else:
                 session.settle()
         self._running = None
-
-
-class _Packing:
-    """A batch that is being put together."""
-
-    def __init__(self, budget: int, beside_decodes: bool) -> None:
-        self.pieces: list[Piece] = []
-        self.copies: list[PageCopy] = []
-        self.state_copies: list[StateCopy] = []
-        self.owners: list[tuple[EngineSession, QueuedStep]] = []
-        #: How many more positions may be added.
-        self.budget = budget
-        self._prefill_budget = max(budget // PREFILL_SHARE, 1) if beside_decodes else budget
-
-    def take_from(self, session: EngineSession) -> bool:
-        """Add the session's next positions to the batch, as far as the budget allows. Returns whether any were
-        added.
-        """
-        taken = False
-        while session.queue:
-            queued = session.queue[0]
-            if taken and not session.is_continued_by(queued.step):
-                break
-            budget = min(self.budget, self._prefill_budget) if session.is_prefill else self.budget
-            if queued.remaining and not budget:
-                break
-            self._take(session, queued, min(budget, queued.remaining))
-            taken = True
-            if queued.remaining:
-                break
-            session.queue.popleft()
-        session.running = session.running or taken
-        return taken
-
-    def _take(self, session: EngineSession, queued: QueuedStep, count: int) -> None:
-        if queued.taken == 0:
-            self.state_copies += session.apply(queued.step.ops)
-        if session.retention.has_states:
-            count = queued.without_long_ends(count, session.retention.room)
-        segments = tuple(self._segment(session, piece) for piece in queued.slices(count))
-        self.pieces.append(Piece(queued.step, queued.taken, count, segments))
-        self.owners.append((session, queued))
-        queued.taken += count
-        self.budget -= count
-        if session.is_prefill:
-            self._prefill_budget -= count
-
-    def _segment(self, session: EngineSession, piece: RowSlice) -> Segment:
-        row = session.row(piece.row)
-        row.cut(piece.start)
-        self.copies.extend(row.grow(piece.count))
-        return Segment(
-            piece.start,
-            piece.count,
-            row.snapshot(),
-            session.size.prompt_length,
-            session.adapter,
-            row.state_home,
-            row.floor,
-        )

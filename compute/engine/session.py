@@ -6,6 +6,7 @@ will make of it (`queued`), against which a new step is checked.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from types import MappingProxyType
 import torch
 
 from peerd.compute.errors import ContextTooLongError, EngineError, InvalidStepError, StepGapError
-from peerd.compute.kv.pages import PageReserve
+from peerd.compute.kv.reserve import PageReserve
 from peerd.compute.kv.row_cache import Retention, RowCache, RowState
 from peerd.compute.steps import EngineStep, StateCopy, StepResult
 from peerd.protocol.rows import DECODE_POSITIONS, Fork, Op, RowSlice, SessionSize
@@ -22,11 +23,16 @@ from peerd.protocol.span import Span
 
 
 class QueuedStep:
-    """A queued step: `taken` of its positions are in batches, and `parts` of its result are back."""
+    """A queued step: `taken` of its positions are in batches, and `parts` of its result are back.
+
+    prepared: whether its rows were forked, dropped and cut; `state_copies` are what that still needs.
+    """
 
     def __init__(self, step: EngineStep) -> None:
         self.step = step
         self.positions = step.positions
+        self.prepared = False
+        self.state_copies: list[StateCopy] = []
         self.taken = 0
         self.parts: list[torch.Tensor] = []
 
@@ -69,7 +75,10 @@ class QueuedStep:
 
 @dataclass(slots=True, eq=False)
 class EngineSession:
-    """The engine's state of a session. `running`: a batch contains some of it."""
+    """The engine's state of a session. `running`: a batch contains some of it.
+
+    lacking: how many of the pool's pages its next positions need; 0 if that was not too many.
+    """
 
     blocks: Span
     size: SessionSize
@@ -85,9 +94,19 @@ class EngineSession:
     running: bool = False
     closed: bool = False
     passed_over: int = 0
+    lacking: int = 0
 
     @property
     def is_ready(self) -> bool:
+        return self.wants_to_run and not self.is_short
+
+    @property
+    def is_short(self) -> bool:
+        """Whether its next positions wait for pages."""
+        return self.wants_to_run and self.lacking > self.reserve.unused_pages
+
+    @property
+    def wants_to_run(self) -> bool:
         return bool(self.queue) and not self.held
 
     @property
@@ -130,15 +149,27 @@ class EngineSession:
             return False
         return not step.ops and all(piece.start == self.row(piece.row).length for piece in step.rows)
 
-    def apply(self, ops: tuple[Op, ...]) -> list[StateCopy]:
-        """Fork and drop rows, one after the other. Returns the copies of running states that this needs first."""
-        copies: list[StateCopy] = []
-        for op in ops:
+    def prepare(self, queued: QueuedStep) -> None:
+        """Fork, drop and cut rows as the step says, one after the other."""
+        queued.prepared = True
+        for op in queued.step.ops:
             if isinstance(op, Fork):
-                copies += self.row(op.target).become(self.row(op.source), op.length)
+                queued.state_copies += self.row(op.target).become(self.row(op.source), op.length)
             else:
                 self.row(op.row).cut(0)
-        return copies
+        for piece in queued.step.rows:
+            self.row(piece.row).cut(piece.start)
+
+    def that_fits(self, queued: QueuedStep, count: int) -> int:
+        """The next `count` positions of a step that was prepared, or as many of them as there are pages for."""
+        unused = self.reserve.unused_pages
+        if count and self._pages_for(queued, count) > unused:
+            count = bisect_right(range(1, count), unused, key=lambda some: self._pages_for(queued, some))
+        self.lacking = 0 if count or not queued.remaining else self._pages_for(queued, 1)
+        return count
+
+    def _pages_for(self, queued: QueuedStep, count: int) -> int:
+        return sum(self.row(piece.row).pages_to_grow(piece.count) for piece in queued.slices(count))
 
     def undo(self, failed: QueuedStep) -> None:
         """Cut a failed step's rows where it began, and drop the rest of the step."""

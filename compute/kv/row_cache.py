@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from peerd.compute.kv.layout import Demand, rollback_room
-from peerd.compute.kv.pages import PageReserve, PageTable
+from peerd.compute.kv.page_table import PageTable
+from peerd.compute.kv.reserve import PageReserve
 from peerd.compute.steps import PageCopy, RowPages, StateCopy, StateHome
 
 
@@ -97,6 +98,10 @@ class RowCache:
             length = self.floor = 0
         for table in self._tables:
             table.cut(length)
+
+    def pages_to_grow(self, count: int) -> int:
+        """How many of the pool's pages `grow` would take."""
+        return sum(table.pages_to_grow(count) for table in self._tables)
 
     def grow(self, count: int) -> list[PageCopy]:
         """Make room to write `count` positions at the end. Returns the copies that this needs first."""

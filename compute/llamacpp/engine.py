@@ -82,6 +82,10 @@ class LlamaEngine(BaseEngine):
         """
         return max(super().tokens_wanted(size), self._sequences.share_of(self.total_tokens, size.max_rows))
 
+    def tokens_of(self, session: Hashable) -> int:
+        rows = len(self._sequences.of(session))
+        return max(super().tokens_of(session), self._sequences.share_of(self.total_tokens, rows))
+
     def open(
         self,
         session: Hashable,
@@ -105,6 +109,9 @@ class LlamaEngine(BaseEngine):
     def plan(self) -> Batch | None:
         batch = super().plan()
         if batch is not None:
+            # Rows that were cut for a step which waits for pages: others have the pages, and need the cells.
+            for session in self.short:
+                self._sequences.shorten(session, self._scheduler.cut_lengths(session))
             sessions = {piece.step.session for piece in batch.pieces}
             sequences = {session: self._sequences.of(session) for session in sessions}
             self._planned = _Planned(sequences, self._sequences.take_cuts())

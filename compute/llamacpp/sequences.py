@@ -7,7 +7,7 @@ batch carries what to do with its sequences before it runs.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peerd.compute.errors import ContextTooLongError, NoRoomError
@@ -66,6 +66,11 @@ class Sequences:
         given = self._of.get(session)
         if given is not None:
             self._cuts += [Cut(given[piece.row], piece.start) for piece in rows]
+
+    def shorten(self, session: Hashable, lengths: Mapping[int, int]) -> None:
+        """Forget what these rows have beyond their lengths, before the next batch."""
+        given = self._of[session]
+        self._cuts += [Cut(given[row], length) for row, length in lengths.items()]
 
     def end_batch(self) -> None:
         """The running batch is over."""

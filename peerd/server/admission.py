@@ -1,5 +1,7 @@
 """Decides which sessions get KV tokens: first come, first served, and no client may hold most of the pool.
 
+Tokens are what sessions are expected to need (`compute/kv/reserve.py`), so they change while a session grows.
+
 Requests wait here in order; the engine does the accounting and raises NoRoom. Two clients may each hold half of a chain
 and wait for the other half. This resolves itself: the wait here is bounded, and a client that fails closes everything
 and tries again after a random delay (spec/sessions/session.md). Keys cost nothing, so what one peer may hold, and how
@@ -123,6 +125,10 @@ class Admission:
                 # A request behind this one may fit although this one did not.
                 self._grant_in_order()
                 self._note_room()
+
+    def recount(self, owner: Owner, tokens: int) -> None:
+        """Note that a session of `owner` is expected to need so many tokens more, or less."""
+        self._held.add(owner, tokens)
 
     def release(self, owner: Owner, tokens: int) -> None:
         """Note that tokens of `owner` were freed, and grant waiting requests that fit now."""

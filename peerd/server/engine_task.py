@@ -86,6 +86,10 @@ class EngineTask:
         #: Whether the device still computes. If it does not, `on_broken` is called, and the span must be given up.
         self.health = DeviceHealth()
         self.on_broken: Callable[[], None] = lambda: None
+        #: Called when steps begin to wait because the pool has no pages left.
+        self.on_short: Callable[[], None] = lambda: None
+        #: Since when some have waited; None if none does.
+        self.short_since: float | None = None
         self._containment = Containment(is_strict)
         self.busy = BusyMeter()
         #: Measures steps and batches; the server that serves this span replaces it by one for its own figures.
@@ -128,9 +132,14 @@ class EngineTask:
             return await self.device.call(work)
 
     def tokens_of(self, session: Hashable) -> int:
-        """The KV tokens that the session holds; 0 if it is not open."""
+        """The KV tokens that the session is expected to need; 0 if it is not open."""
         tenant = self._tenants.get(session)
         return tenant.tokens if tenant is not None else 0
+
+    @property
+    def tenants(self) -> list[Hashable]:
+        """The open sessions, the eldest first."""
+        return list(self._tenants)
 
     async def run_work(self, owner: Hashable, work: Work) -> None:
         """Run a long work in turns, below inference and fairly among owners. Raises the errors of its turns.
@@ -175,6 +184,7 @@ class EngineTask:
                 await self._run_turn(job)
                 return True
             batch = self.engine.plan()
+            self._note_short()
             if batch is None:
                 return False
             began = trio.current_time()
@@ -186,9 +196,25 @@ class EngineTask:
             await self._judge(batch, output)
             for result in self.engine.collect(batch, output):
                 self._hand_over(result)
+            for session in {piece.step.session for piece in batch.pieces}:
+                self._recount(session)
         # Pages of sessions that closed while the batch ran become free only now.
         self.admission.retry()
         return True
+
+    def _note_short(self) -> None:
+        if not self.engine.short:
+            self.short_since = None
+        elif self.short_since is None:
+            self.short_since = trio.current_time()
+            self.on_short()
+
+    def _recount(self, session: Hashable) -> None:
+        """Count a session that has grown with what it is expected to need now."""
+        tenant = self._tenants.get(session)
+        if tenant is not None and (tokens := self.engine.tokens_of(session)) != tenant.tokens:
+            self.admission.recount(tenant.owner, tokens - tenant.tokens)
+            self._tenants[session] = replace(tenant, tokens=tokens)
 
     def _run_in_parts(self, batch: Batch) -> BatchOutput:
         return run_in_parts(self.engine.run, batch, self.engine.give_back, self._contains)
@@ -273,7 +299,7 @@ class EngineTask:
             self._adapters.unloaded(name)
 
     async def open(self, session: Hashable, owner: Owner, opening: OpenSession, deliver: Deliver) -> None:
-        """Commit the KV that `opening` asks for, and memory for outputs if there is a next hop.
+        """Open a session in the engine, and commit memory for outputs if there is a next hop.
 
         Waits for memory as long as `opening` allows. Raises NoRoom, ContextTooLong, InvalidRequest, and
         UnsupportedFeature for an unknown adapter.
@@ -331,6 +357,8 @@ class EngineTask:
         self.meter.left(session)
         self.engine.close(session)
         self._free_to_keep += tenant.kept
+        if self.short_since is not None:
+            self._work.set()
         self.admission.release(tenant.owner, tenant.tokens)
         self._release_adapter(tenant.adapter)
 

@@ -129,7 +129,7 @@ class Server:
 
     def serve(self, served: ServedSpan) -> None:
         """Accept sessions on one more span from now on."""
-        served.task.admission.on_wanted = self._evictions.look
+        served.task.admission.on_wanted = served.task.on_short = self._evictions.look
         served.task.meter = StepMeter(self._meters)
         self._spans.start(served, self._nursery)
 

@@ -182,6 +182,7 @@ class Client:
         max_rows: int = 1,
         max_length: int = 512,
         max_rollback: int = 512,
+        prompt_length: int = 0,
         adapter: str = "",
         own_adapter: Lora | None = None,
         width: int = WIDTH,
@@ -189,7 +190,7 @@ class Client:
     ) -> Session:
         terms = Terms(
             model=MODEL,
-            size=SessionSize(max_length, max_rows, max_rollback),
+            size=SessionSize(max_length, max_rows, max_rollback, prompt_length),
             max_steps=4,
             dtype="float32",
             codec="exact",

@@ -12,7 +12,9 @@ import torch
 from peerd.compute.errors import NoRoomError
 from peerd.compute.kv import layout as kv_layout
 from peerd.compute.kv.layout import EVERYTHING, Demand, Keep, rollback_room
-from peerd.compute.kv.pages import PagePool, PageStock, PageTable
+from peerd.compute.kv.page_pool import PagePool
+from peerd.compute.kv.page_table import PageStock, PageTable
+from peerd.compute.kv.reserve import PageReserve
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import Drop, Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
@@ -22,7 +24,7 @@ SIZE = 4
 
 
 def take(pool: PagePool, rows: int, pages_per_row: int) -> PageStock:
-    return pool.reserve(rows, [Demand(EVERYTHING, 1, pages_per_row)]).stocks[0]
+    return PageReserve(pool, rows, [Demand(EVERYTHING, 1, pages_per_row)]).stocks[0]
 
 
 def pages_of(table: PageTable) -> Sequence[int]:
@@ -43,7 +45,9 @@ def test_a_row_alone_lies_side_by_side():
 
 def test_a_fragmented_pool_still_grants_all_its_pages():
     pool = PagePool(6, SIZE)
-    reserves = [pool.reserve(1, [Demand(EVERYTHING, 1, 1)]) for _ in range(6)]
+    reserves = [PageReserve(pool, 1, [Demand(EVERYTHING, 1, 1)]) for _ in range(6)]
+    for reserve in reserves:
+        PageTable(reserve.stocks[0], 0).grow(SIZE)
     for reserve in reserves[::2]:
         reserve.close()
     with pytest.raises(NoRoomError) as refusal:
@@ -52,7 +56,36 @@ def test_a_fragmented_pool_still_grants_all_its_pages():
     table = PageTable(take(pool, 1, 3), 0)
     table.grow(3 * SIZE)
     assert pages_of(table) == (0, 2, 4)
-    assert pool.free_tokens == 0
+    assert pool.free_tokens == pool.free_pages == 0
+
+
+def test_a_session_counts_with_twice_what_it_has_had_and_at_most_with_what_it_asked_for():
+    pool = PagePool(20, SIZE)
+    reserve = PageReserve(pool, 1, [Demand(EVERYTHING, 1, 10)])
+    assert reserve.tokens == 10 * SIZE  # it has not said how it begins
+    table = PageTable(reserve.stocks[0], 0)
+    table.grow(1)
+    assert reserve.tokens == 2 * SIZE
+    table.grow(3 * SIZE)
+    assert reserve.tokens == 8 * SIZE
+    table.cut(1)
+    assert (reserve.tokens, pool.free_tokens, pool.free_pages) == (8 * SIZE, 12 * SIZE, 19)
+    table.grow(8 * SIZE)
+    assert reserve.tokens == 10 * SIZE
+    begun = PageReserve(pool, 1, [Demand(EVERYTHING, 1, 10)], begins_with=3)
+    assert begun.tokens == 6 * SIZE
+    PageTable(begun.stocks[0], 0).grow(1)
+    assert begun.tokens == 6 * SIZE
+
+
+def test_a_row_finds_its_home_in_the_end_of_another_that_is_long_and_little_used():
+    pool = PagePool(16, SIZE)
+    first = PageTable(take(pool, 1, 16), 0)
+    first.grow(2 * SIZE)
+    second = PageTable(take(pool, 1, 6), 0)
+    second.grow(6 * SIZE)
+    first.grow(8 * SIZE)
+    assert (pages_of(first), pages_of(second)) == (range(10), range(10, 16))
 
 
 def test_forked_rows_share_pages_until_one_writes():
@@ -74,9 +107,9 @@ def test_a_row_that_keeps_its_end_goes_round_its_home():
     table = PageTable(stock, 1)
     table.grow(4 * SIZE)
     table.forget_before(2 * SIZE + 1)
-    assert [(row.first, row.pages) for row in table.snapshot()] == [(2 * SIZE, range(6, 8))]
+    assert [(row.first, row.pages) for row in table.snapshot()] == [(2 * SIZE, range(2, 4))]
     table.grow(SIZE)
-    assert [(row.first, row.pages) for row in table.snapshot()] == [(2 * SIZE, (6, 7, 4))]
+    assert [(row.first, row.pages) for row in table.snapshot()] == [(2 * SIZE, (2, 3, 0))]
     assert stock.used_pages == 3
     table.cut(0)
     assert stock.used_pages == 0
@@ -84,18 +117,19 @@ def test_a_row_that_keeps_its_end_goes_round_its_home():
 
 def test_every_group_has_pages_of_its_own():
     pool = PagePool(6, SIZE, groups=3)
-    reserve = pool.reserve(2, [Demand(EVERYTHING, 1, 4), Demand(Keep(window=3), 2, 2)])
+    reserve = PageReserve(pool, 2, [Demand(EVERYTHING, 1, 4), Demand(Keep(window=3), 2, 2)])
     # Sixteen pages are six sets of three, two of which stay unused.
     assert pool.free_tokens == 0
     rows = [[PageTable(stock, row) for stock in reserve.stocks] for row in range(2)]
     for row in rows:
         for table in row:
+            assert table.pages_to_grow(2 * SIZE) == 2 * len(table.snapshot())
             table.grow(2 * SIZE)
     pages = [page for row in rows for table in row for group in table.snapshot() for page in group.pages]
-    assert len(set(pages)) == len(pages) == 12
+    assert len(set(pages)) == len(pages) == 12 == reserve.used_pages == 18 - pool.free_pages
     reserve.close()
     assert pool.free_tokens == pool.total_tokens == 6 * SIZE
-    assert isinstance(pages_of(PageTable(take(pool, 1, 18), 0)), tuple)
+    assert pool.free_pages == 18
 
 
 @pytest.mark.parametrize("reach", [None, 7])
@@ -104,7 +138,7 @@ def test_ten_thousand_forks_cuts_and_writes_keep_rows_apart(reach: int | None):
     rows, longest = 5, 30
     pool = PagePool(64, SIZE)
     # Of a row with a reach no more than that is kept before what is added at once.
-    reserve = pool.reserve(rows, [Demand(EVERYTHING, 1, 8 if reach is None else 2 + -(-reach // SIZE))])
+    reserve = PageReserve(pool, rows, [Demand(EVERYTHING, 1, 8 if reach is None else 2 + -(-reach // SIZE))])
     stock = reserve.stocks[0]
     tables = [PageTable(stock, row) for row in range(rows)]
     expected: list[list[int]] = [[] for _ in range(rows)]
@@ -116,8 +150,11 @@ def test_ten_thousand_forks_cuts_and_writes_keep_rows_apart(reach: int | None):
         match chance.choice(["grow", "grow", "cut", "fork"]):
             case "grow":
                 count = chance.randint(0, min(longest - table.length, SIZE))
-                start = table.length
-                for copy in table.grow(count):
+                start, unused = table.length, pool.free_pages
+                foretold = table.pages_to_grow(count)
+                copies = table.grow(count)
+                assert foretold == unused - pool.free_pages
+                for copy in copies:
                     memory[copy.target] = list(memory[copy.source])
                 (lies,) = table.snapshot()
                 for position in range(start, table.length):
@@ -144,6 +181,7 @@ def test_ten_thousand_forks_cuts_and_writes_keep_rows_apart(reach: int | None):
         assert stock.used_pages == len({page for table in tables for page in table.snapshot()[0].pages})
     reserve.close()
     assert pool.free_tokens == pool.total_tokens
+    assert pool.free_pages == 64
 
 
 class _Shadow:
@@ -238,18 +276,17 @@ def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_fail
     kept = KEEPS[keeps]
     engine = FakeEngine(SPAN, hidden_size=2, kv_tokens=60 * SIZE, page_tokens=SIZE, batch_tokens=9, keeps=kept)
     shadows: dict[str, _Shadow] = {}
-    committed: dict[str, int] = {}
     for event in range(10_000 if keeps == "windows" else 3_000):
         match chance.choice(["open", "close", "step", "step", "step", "turn", "turn", "turn", "hold"]):
             case "open":
                 name = f"s{event}"
                 rows = chance.randint(1, 4)
-                size = SessionSize(chance.randint(1, 40), max_rows=rows, max_rollback=3)
+                size = SessionSize(chance.randint(1, 40), rows, max_rollback=3, prompt_length=chance.choice([0, 1, 9]))
                 wanted = engine.tokens_wanted(size)
                 if wanted <= engine.free_tokens:
                     engine.open(name, size, owner=event % 3)
                     shadows[name] = _Shadow(size)
-                    committed[name] = wanted
+                    assert engine.tokens_of(name) == wanted
                 else:
                     with pytest.raises(NoRoomError):
                         engine.open(name, size)
@@ -257,7 +294,7 @@ def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_fail
                 name = chance.choice(list(shadows))
                 # Some of them have steps in the queue: they are cancelled with it.
                 engine.close(name)
-                del shadows[name], committed[name]
+                del shadows[name]
             case "step" if shadows:
                 name = chance.choice(list(shadows))
                 reference = partial(fake_forward, blocks=SPAN, keeps=kept)
@@ -273,11 +310,11 @@ def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_fail
                     engine.close(gone)
                     del shadows[gone]
                 results = engine.collect(batch, output)
-                committed.pop(gone, None)
                 for name in {result.session for result in results}:
                     own = [result for result in results if result.session == name]
                     shadows[name].check(own, engine.lengths(name))
-        assert engine.free_tokens == engine.total_tokens - sum(committed.values())
+        expected = sum(engine.tokens_of(name) for name in shadows)
+        assert engine.free_tokens == max(0, engine.total_tokens - expected)
     for name in shadows:
         engine.close(name)
     assert engine.free_tokens == engine.total_tokens

@@ -142,7 +142,7 @@ async def test_a_session_that_closes_in_mid_batch_frees_its_pages_after_it_and_l
     async with running() as task:
         results = []
         await task.open("a", owner("a"), opening(max_length=256), results.append)
-        task.submit("a", step(0, 4), tokens(4))
+        task.submit("a", step(0, 200), tokens(200))
         await trio.sleep(0.5 * STEP_S)
         task.close("a")
         # The device may still write to its pages.
@@ -153,6 +153,22 @@ async def test_a_session_that_closes_in_mid_batch_frees_its_pages_after_it_and_l
         assert results == []
         task.close("b")
         assert task.engine.free_tokens == 256
+
+
+async def test_a_session_counts_with_what_it_needs_and_others_get_what_it_leaves():
+    async with running() as task:
+        results = []
+        await task.open("a", owner("a"), opening(max_length=256), results.append)
+        assert task.tokens_of("a") == 256
+        with pytest.raises(NoRoom):
+            await task.open("b", owner("b"), opening(max_length=64, timeout_ms=1000), results.append)
+        task.submit("a", step(0, 40), tokens(40))
+        await task.open("b", owner("b"), opening(max_length=64, timeout_ms=5000), results.append)
+        assert (task.tokens_of("a"), task.tokens_of("b"), task.engine.free_tokens) == (96, 64, 96)
+        task.close("a")
+        # All that was counted for it is taken off again: somebody else may have half of the pool, and no more.
+        await task.open("c", owner("a"), opening(max_length=128), results.append)
+        assert task.engine.free_tokens == 64
 
 
 @pytest.mark.real_time

@@ -76,7 +76,8 @@ async def test_a_session_that_steps_keeps_its_kv_and_an_idle_one_gives_it_to_wai
         host = await swarm.serve(0, 4, kv_tokens=256)
         busy, resting, honest = [await swarm.caller() for _ in range(3)]
         used, rested = await busy.open(host, max_length=128), await resting.open(host, max_length=128)
-        await answer(resting, rested, tokens(3))
+        await answer(resting, rested, tokens(64))
+        await answer(busy, used, tokens(64))
         waiting = await honest.stream(host)
         began = trio.current_time()
         await waiting.send(honest.opening(host, max_length=64, timeout_ms=30_000).to_header())
@@ -84,7 +85,7 @@ async def test_a_session_that_steps_keeps_its_kv_and_an_idle_one_gives_it_to_wai
 
             async def go_on():
                 for seq in range(1, 100):
-                    await answer(busy, used, tokens(1), seq, start=seq - 1)
+                    await answer(busy, used, tokens(1), 1 + seq, start=63)
                     await trio.sleep(4)
 
             nursery.start_soon(go_on)
@@ -100,11 +101,11 @@ async def test_what_a_resting_session_holds_counts_as_free_for_others(open_swarm
         caller = await swarm.caller()
         stream = await caller.open(host, max_length=128)
         (served,) = host.server.spans
-        await answer(caller, stream, tokens(3))
+        await answer(caller, stream, tokens(33))
         assert host.server.lent_tokens(served) == 0
         await trio.sleep(LENT_S)
-        assert host.server.lent_tokens(served) == 128
-        await answer(caller, stream, tokens(1), 1, start=3)
+        assert host.server.lent_tokens(served) == 96
+        await answer(caller, stream, tokens(1), 1, start=33)
         assert host.server.lent_tokens(served) == 0
 
 
