@@ -347,7 +347,7 @@ async def test_a_full_swarm_says_so_after_the_callers_patience(open_swarm):
     async with open_swarm() as swarm:
         await swarm.serve(0, 9, kv_tokens=512)
         first = await (await swarm.client()).session(BLOCKS, max_length=400, max_rollback=0)
-        await first.step(tokens(1))
+        await first.step(tokens(200))
         second = await (await swarm.client()).session(BLOCKS, max_length=400, patience=Patience(busy_s=5))
         before = trio.current_time()
         with pytest.raises(NoRoom) as caught:
@@ -359,6 +359,7 @@ async def test_a_full_swarm_says_so_after_the_callers_patience(open_swarm):
 @pytest.mark.parametrize("is_open", [False, True], ids=["at its opening", "when its last hop died"])
 async def test_a_long_chain_whose_last_blocks_are_full_everywhere_waits_and_blames_nobody(open_swarm, is_open):
     async def use(session):
+        await session.step(tokens(300))
         # Unused KV is lent: a session that sends nothing loses it to those that wait.
         while True:
             await session.step(tokens(1))
