@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peerd.compute.errors import CheckpointError
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _PLAIN_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# No table is made of it.
+_UNFILLED = float("nan")
 
 
 def build_on_meta(
@@ -114,17 +116,32 @@ def compute_buffers(module: nn.Module, config: PreTrainedConfig, device: torch.d
 
 
 def _initialize_buffers(model: Any, child: nn.Module, device: torch.device) -> None:
-    """Let Transformers fill a module's own tables (sines of positions, causal masks), which no state dict contains."""
+    """Let Transformers fill a module's own tables (sines of positions, causal masks), which no state dict contains.
+
+    Raises UnsupportedModelError if it leaves one as it was: that would hold whatever the memory held before.
+    """
     missing = [name for name in child._non_persistent_buffers_set if getattr(child, name).is_meta]
     if not missing:
         return
     for name in missing:
-        setattr(child, name, torch.empty_like(getattr(child, name), device=device))
+        table = getattr(child, name)
+        setattr(child, name, torch.full_like(table, _UNFILLED if table.is_floating_point() else 0, device=device))
     for parameter in child.parameters(recurse=False):
         # Transformers' own mark for parameters that came from a checkpoint and must not be initialised again.
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     with torch.no_grad():
         model._init_weights(child)
+        if any(map(_is_unfilled, (getattr(child, name) for name in missing))):
+            # Falcon-H1's decoder fills tables of its blocks.
+            model._init_weights(model)
+    if unfilled := [name for name in missing if _is_unfilled(getattr(child, name))]:
+        raise UnsupportedModelError(
+            f"this release of Transformers does not say how to fill {type(child).__name__}.{unfilled[0]}"
+        )
+
+
+def _is_unfilled(table: torch.Tensor) -> bool:
+    return table.is_floating_point() and bool(table.isnan().all())
 
 
 def check_filled(module: nn.Module, where: object) -> None:
