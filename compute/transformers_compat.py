@@ -21,9 +21,9 @@ from packaging.version import Version
 OLDEST_TESTED = "5.18"
 NEWEST_TESTED = "5.24"
 
-# The KV cache's name in calls of models and attention modules. Since 5.24 it is `cache`; there `past_key_values` gives
-# a warning, and 5.40 is to remove it.
-CACHE_NAMES = ("cache", "past_key_values")
+# The KV cache's name in calls of models, attention modules and mixers. Since 5.24 it is `cache`; there the others, of
+# which the last is Mamba's, give a warning, and 5.40 is to remove them.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 # Arguments that attention modules pass to every attention function and that ours does not need: the engine and the
 # block's kind determine positions and windows, a frozen decoder has no dropout, and nothing reads the optional outputs.

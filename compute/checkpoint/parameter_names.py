@@ -1,8 +1,8 @@
 """Maps the names of a checkpoint's tensors to the parameters of a decoder.
 
-Three things differ between the two: the publisher's prefix, names that Transformers has changed since, and experts, of
-which checkpoints store one tensor each while Transformers has one parameter for all. Takes strings and returns recipes;
-reads no file.
+Three things differ between the two: the publisher's prefix, names that Transformers has changed since, and parameters
+that checkpoints store in pieces: experts one by one, and the convolutions of queries, keys and values. Takes strings
+and returns recipes; reads no file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
@@ -37,8 +38,9 @@ _HEADS = ("lm_head", "embed_out")
 class Recipe:
     """The stored tensors that make one parameter.
 
-    If `parts` is 0, the parameter is the single tensor `names[0]`. Otherwise `names` lists, expert by expert, the
-    `parts` tensors whose rows together are that expert's slice of a parameter [experts, rows, columns].
+    If `parts` is 0, the parameter is the tensor `names[0]`, or the rows of all `names` together. Otherwise `names`
+    lists, expert by expert, the `parts` tensors whose rows together are that expert's slice of a parameter [experts,
+    rows, columns].
     """
 
     names: tuple[str, ...]
@@ -49,7 +51,7 @@ def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[
     """Each decoder parameter (and `lm_head.weight`, `lm_head.bias`) that these tensors hold.
 
     Parameters have the decoder's own names, such as `layers.7.mlp.down_proj.weight`. Tensors outside the decoder are
-    left out. Raises CheckpointError, which names the file or folder `where`, if there are no blocks or an expert is
+    left out. Raises CheckpointError, which names the file or folder `where`, if there are no blocks or a piece is
     missing.
     """
     stored_names = tuple(stored_names)
@@ -57,6 +59,7 @@ def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[
     heads = _head_names(prefix, family)
     found: dict[str, Recipe] = {}
     pieces: dict[str, dict[tuple[int, int], str]] = {}
+    joined: dict[str, dict[int, str]] = {}
     for stored in stored_names:
         name = heads.get(stored) or _decoder_name(stored, prefix, family)
         if name is None:
@@ -64,11 +67,14 @@ def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[
         piece = _piece(name, family)
         if piece is None:
             found[name] = Recipe((stored,))
+        elif piece.expert is None:
+            joined.setdefault(piece.whole, {})[piece.part] = stored
         else:
-            whole, expert, part = piece
-            pieces.setdefault(whole, {})[expert, part] = stored
+            pieces.setdefault(piece.whole, {})[piece.expert, piece.part] = stored
     for whole, parts in pieces.items():
         found[whole] = _assemble(whole, parts, where)
+    for whole, stored_parts in joined.items():
+        found[whole] = _join(whole, stored_parts, family, where)
     return found
 
 
@@ -102,16 +108,30 @@ def _decoder_name(stored: str, prefix: str, family: Family) -> str | None:
     return name
 
 
-def _piece(name: str, family: Family) -> tuple[str, int, int] | None:
-    """Parse the name of one expert's piece of a fused parameter: the parameter's name, the expert, and the piece's
-    index.
-    """
+class _Piece(NamedTuple):
+    """One piece of the parameter `whole`: of an expert, if there is one set of pieces for each."""
+
+    whole: str
+    expert: int | None
+    part: int
+
+
+def _piece(name: str, family: Family) -> _Piece | None:
     for fused in family.fused:
         for part, pattern in enumerate(fused.parts):
-            expert_pattern = re.escape(pattern).replace(r"\{expert\}", r"(\d{1,5})")
-            if match := re.fullmatch(rf"({re.escape(family.layers)}\.\d{{1,5}}\.){expert_pattern}", name):
-                return f"{match[1]}{fused.parameter}", int(match[2]), part
+            expert_pattern = re.escape(pattern).replace(r"\{expert\}", r"(?P<expert>\d{1,5})")
+            match = re.fullmatch(rf"(?P<block>{re.escape(family.layers)}\.\d{{1,5}}\.){expert_pattern}", name)
+            if match is not None:
+                expert = match.groupdict().get("expert")
+                return _Piece(f"{match['block']}{fused.parameter}", None if expert is None else int(expert), part)
     return None
+
+
+def _join(whole: str, found: Mapping[int, str], family: Family, where: object) -> Recipe:
+    parts = next(fused.parts for fused in family.fused if whole.endswith(f".{fused.parameter}"))
+    if missing := [part for number, part in enumerate(parts) if number not in found]:
+        raise CheckpointError(f"{where}: tensor {whole} is incomplete: {missing[0]} is missing")
+    return Recipe(tuple(found[number] for number in range(len(parts))))
 
 
 def _assemble(whole: str, found: Mapping[tuple[int, int], str], where: object) -> Recipe:

@@ -95,7 +95,8 @@ def longest_length(config: PreTrainedConfig) -> int | None:
 def _check_config(config: PreTrainedConfig, where: object) -> None:
     """Raise, with the reason, if these blocks cannot run."""
     for field, most in (("num_hidden_layers", MAX_BLOCKS), ("hidden_size", 2**20), ("num_attention_heads", 2**20)):
-        value = getattr(config, field)
+        # A model without attention has no heads.
+        value = getattr(config, field, 1)
         if not isinstance(value, int) or not 0 < value <= most:
             raise CheckpointError(f"{where}: {field} is {value!r}")
     sees_later = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False

@@ -77,12 +77,13 @@ class SafetensorsWeights:
 
     def read(self, parameter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         recipe = self._recipe(parameter)
-        return self._read_experts(parameter, recipe, dtype) if recipe.parts else self._read_one(recipe.names[0], dtype)
+        return self._read_experts(parameter, recipe, dtype) if recipe.parts else self._read_rows(recipe, dtype)
 
     def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         recipe = self._recipe(parameter)
         if not recipe.parts:
-            yield from self._slices_of_one(recipe.names[0], dtype)
+            in_one = len(recipe.names) == 1
+            yield from self._slices_of_one(recipe.names[0], dtype) if in_one else self._read_rows(recipe, dtype)
             return
         for first in range(0, len(recipe.names), recipe.parts):
             pieces = [self._read_one(name, dtype) for name in recipe.names[first : first + recipe.parts]]
@@ -92,8 +93,8 @@ class SafetensorsWeights:
 
     def grid(self, parameter: str) -> Grid | None:
         recipe, words = self._recipes.get(parameter), self._packing.words if self._packing else None
-        # Experts that are stored one by one are put together from plain numbers.
-        if words is None or recipe is None or recipe.parts:
+        # What is stored in pieces is put together from plain numbers.
+        if words is None or recipe is None or len(recipe.names) > 1:
             return None
         pieces = self._pieces.get(recipe.names[0])
         if pieces is None:
@@ -172,6 +173,16 @@ class SafetensorsWeights:
             return self._file_of(name).read(name)
         assert self._packing is not None
         return self._packing.unpack(pieces, dtype or torch.float32)
+
+    def _read_rows(self, recipe: Recipe, dtype: torch.dtype | None) -> torch.Tensor:
+        """Read a parameter without an axis of experts."""
+        if len(recipe.names) == 1:
+            return self._read_one(recipe.names[0], dtype)
+        pieces = [self._read_one(name, dtype) for name in recipe.names]
+        kinds = {(piece.ndim > 0, piece.shape[1:], piece.dtype) for piece in pieces}
+        if len(kinds) > 1 or not pieces[0].ndim:
+            raise CheckpointError(f"{self.directory}: tensor {recipe.names[0]} does not fit its neighbours")
+        return torch.cat(pieces)
 
     def _slices_of_one(self, name: str, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
         if (pieces := self._read_pieces(name)) is None:

@@ -191,8 +191,8 @@ def working_bytes(
     gathered keys and values of that conversation.
     """
     config = checkpoint.config
-    heads = int(config.num_attention_heads)
-    width = max(int(getattr(config, "head_dim", None) or 0), checkpoint.hidden_size // heads)
+    heads = _heads(config)
+    width = max(int(getattr(config, "head_dim", None) or 0), checkpoint.hidden_size // max(heads, 1))
     inner = max(int(getattr(config, name, None) or 0) for name in _INNER_WIDTHS) or 4 * checkpoint.hidden_size
     copies = max(int(getattr(config, name, None) or 0) for name in _EXPERTS_A_TOKEN) or 1
     values = 8 * checkpoint.hidden_size + 4 * heads * width + 4 * copies * (inner + checkpoint.hidden_size)
@@ -208,10 +208,15 @@ def _bytes_per_position(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens
 
     Norms, softmax and masks are in fp32, whatever the dtype.
     """
-    heads = int(checkpoint.config.num_attention_heads)
+    heads = _heads(checkpoint.config)
     scores = 3 * heads * batch_tokens * torch.float32.itemsize if _keeps_scores(checkpoint.config) else 0
     mask = 2 * batch_tokens * torch.float32.itemsize
     return scores + mask + 2 * kv_bytes_per_token(checkpoint, dtype)
+
+
+def _heads(config: PreTrainedConfig) -> int:
+    """How many heads attention has; 0 for a model without attention."""
+    return int(getattr(config, "num_attention_heads", None) or 0)
 
 
 def fits(

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A parameter that checkpoints store in pieces, one set of pieces for each expert.
+    """A parameter that checkpoints store in pieces.
 
-    `parameter` is its name inside a block; its shape is [experts, rows of all parts, columns]. `parts` are the stored
-    names, with `{expert}` for the expert's number, in the order in which their rows are concatenated.
+    `parameter` is its name inside a block. `parts` are the stored names, in the order in which their rows are
+    concatenated. If they have `{expert}`, for the expert's number, there is one set of them for each expert, and the
+    parameter's shape is [experts, rows of all parts, columns]; otherwise it is [rows of all parts, ...].
     """
 
     parameter: str

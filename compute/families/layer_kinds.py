@@ -30,7 +30,8 @@ class LayerKind:
     For each position the cache holds `kv_heads` keys of `key_dim` values, and as many values of width `value_dim`. If
     `latent`, these are one compressed key and its rotary part, which the block's attention module expands (MLA).
 
-    A block with a running `state` keeps that of each row; if it has no attention beside it, `kv_heads` is 0.
+    A block with a running `state` keeps that of each row; if it has no attention beside it, `kv_heads` is 0. A block
+    that is only a feed-forward keeps neither.
     """
 
     window: int | None
@@ -58,9 +59,12 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
         "global": (None, None),
         "local": (getattr(config, "window_size", None), None),
         "chunked_attention": (None, getattr(config, "attention_chunk_size", None)),
+        # Attention beside a running state.
+        "hybrid": (None, None),
     }
     states = {layer_type: running_state(config, layer_type) for layer_type in types}
-    if unknown := {layer_type for layer_type in set(types) - set(rules) if states[layer_type] is None}:
+    known = (rules.keys() - _RUNNING_STATES) | _FEED_FORWARDS
+    if unknown := {layer_type for layer_type in set(types) - known if states[layer_type] is None}:
         _refuse(config, sorted(unknown))
     kinds = []
     for layer_type in types:
@@ -70,7 +74,7 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
         # A model without the attention interface masks in its own code, and needs all positions.
         window, chunk = rules[layer_type] if family.attention_interface else (None, None)
         heads, key_dim, value_dim = _shape(config, layer_type)
-        kinds.append(LayerKind(window, chunk, heads, key_dim, value_dim, family.latent))
+        kinds.append(LayerKind(window, chunk, heads, key_dim, value_dim, family.latent, states[layer_type]))
     return tuple(kinds)
 
 
@@ -92,7 +96,9 @@ def _refuse(config: PreTrainedConfig, types: list[str]) -> None:
     raise UnsupportedModelError(f"{config.model_type} has blocks of type {listed}")
 
 
-# Transformers' names of blocks that keep a running state, beside keys and values or without any.
+# Transformers' names of blocks that are only a feed-forward, or only experts.
+_FEED_FORWARDS = frozenset({"mlp", "moe"})
+# Its names of blocks that keep a running state, beside keys and values or without any.
 _RUNNING_STATES = frozenset({"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"})
 
 

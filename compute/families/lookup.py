@@ -1,9 +1,9 @@
 """Finds the row of a family by its `model_type`, or the reason why that architecture is refused.
 
-A row (`families/rows.py`) names Transformers' own classes and where they keep their parts; the classes are imported
-only when they are used. Some decoders change their input embeddings inside their forward (Granite's multiplier, Bloom's
-norm, GPT-2's positions). That belongs to the head; the row names it so that a span can leave it out. Architectures that
-cannot be cut are listed in `families/refused.py` with the reasons.
+A row (`families/rows.py`, `families/state_rows.py`) names Transformers' own classes and where they keep their parts;
+the classes are imported only when they are used. Some decoders change their input embeddings inside their forward
+(Granite's multiplier, Bloom's norm, GPT-2's positions). That belongs to the head; the row names it so that a span can
+leave it out. Architectures that cannot be cut are listed in `families/refused.py` with the reasons.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.family import Family
 from peerd.compute.families.refused import NOT_SERVED, REFUSED
 from peerd.compute.families.rows import ROWS
+from peerd.compute.families.state_rows import STATE_ROWS
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in ROWS})
+FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in (*ROWS, *STATE_ROWS)})
 
 
 def family_named(model_type: object) -> Family:

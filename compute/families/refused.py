@@ -2,8 +2,8 @@
 
 A hop passes hidden states of one width to the next hop, and a session can go back to an earlier position. An
 architecture that needs to pass more, or whose blocks keep of a row what peerd does not keep yet, is refused by name.
-Together with the table of families this
-covers every causal language model of Transformers (`tests/compute/families/test_refused.py`).
+Together with the table of families this covers every causal language model of Transformers
+(`tests/compute/families/test_refused.py`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from types import MappingProxyType
 _SHARES_KV = "its blocks share KV caches and take per-layer inputs"
 _DRAFTS = "it drafts for another model, from that model's hidden states and KV caches"
 _ZAMBA = "its blocks share one attention block and take the embeddings again"
-_RUNNING_STATE = "its {} keep a running state of a kind that peerd does not keep yet"
-_MAMBA = _RUNNING_STATE.format("Mamba blocks")
-_LINEAR = _RUNNING_STATE.format("blocks of linear attention")
-_CONVOLUTION = _RUNNING_STATE.format("convolutions")
+_OWN_CACHE = "its decoder takes no KV cache but one of its own class"
+_INSIDE = "its recurrent blocks keep their state inside themselves, and lose it where several positions follow others"
+_RESCALED = "its decoder scales states and hidden states by a block's number in the whole model"
+_ROUTED_ON = "its routers pass a state of their own from block to block, beside the hidden states"
+_CONVOLVES = "each of its blocks runs several convolutions around attention, and scores positions by their distance"
+_RESIDUALS = "its blocks attend to the outputs of earlier blocks"
+_FUSED_PROJECTIONS = "its {} are stored in one tensor, which peerd does not take apart"
 _INDEXED = "its sparse attention keeps an index of past positions beside keys and values"
 _STREAMS = "its blocks pass several residual streams to each other, not one"
 _ENCODER = "it is an encoder: its blocks were trained to see later positions too"
@@ -28,10 +31,12 @@ _REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_SHARES_KV, ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")),
     (_DRAFTS, ("gemma4_assistant", "gemma4_unified_assistant")),
     (_ZAMBA, ("zamba", "zamba2")),
-    (_MAMBA, ("bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h")),
-    (_LINEAR, ("bailing_hybrid", "kimi_linear", "lara_mini", "minimax", "olmo_hybrid")),
-    (_RUNNING_STATE.format("recurrent blocks"), ("recurrent_gemma", "rwkv", "xlstm")),
-    (_CONVOLUTION, ("inkling2_text", "inkling_text", "lfm3", "zaya")),
+    (_OWN_CACHE, ("minimax", "xlstm")),
+    (_INSIDE, ("recurrent_gemma",)),
+    (_RESCALED, ("rwkv",)),
+    (_ROUTED_ON, ("zaya",)),
+    (_CONVOLVES, ("inkling_text",)),
+    (_RESIDUALS, ("inkling2_text",)),
     (
         _INDEXED,
         (
@@ -46,7 +51,8 @@ _REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_STREAMS, ("deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text")),
     ("each of its blocks attends twice, with a KV cache for each", ("longcat_flash",)),
     ("it runs its blocks over each token several times", ("dory", "hrm_text", "inkling2_loop_text")),
-    ("its queries, keys and values are stored in one tensor, which peerd does not take apart", ("sarvam_moe",)),
+    (_FUSED_PROJECTIONS.format("queries, keys and values"), ("sarvam_moe",)),
+    (_FUSED_PROJECTIONS.format("projections of linear attention"), ("lara_mini",)),
     ("its blocks work on patches of bytes, which smaller models make and take apart", ("blt",)),
     ("some of its blocks attend to an image", ("mllama",)),
     ("its blocks take an image before the text, and let both see all of the image", ("git",)),

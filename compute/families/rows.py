@@ -1,6 +1,8 @@
 """The table of families, one row for each architecture. `tests/compute/families/test_families.py` compares each with
 the whole model.
 
+Families with running states have their rows in `state_rows.py`.
+
 A row names what the common rule cannot see: names that Transformers has changed since a checkpoint was published,
 experts that are stored one by one, and what a decoder does before its first block. To add a family, add a row here, and
 a tiny configuration in `tests/compute/tiny_families.py` if the family needs one; the tests do the rest.
@@ -10,26 +12,19 @@ from __future__ import annotations
 
 from peerd.compute.families.family import Family, Fused
 
-_EXPERTS = (
+EXPERTS = (
     Fused(
         "mlp.experts.gate_up_proj",
         ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
     ),
     Fused("mlp.experts.down_proj", ("mlp.experts.{expert}.down_proj.weight",)),
 )
-_MIXTRAL_EXPERTS = (
+MIXTRAL_EXPERTS = (
     Fused("mlp.experts.gate_up_proj", ("mlp.experts.{expert}.w1.weight", "mlp.experts.{expert}.w3.weight")),
     Fused("mlp.experts.down_proj", ("mlp.experts.{expert}.w2.weight",)),
 )
-_LFM_EXPERTS = (
-    Fused(
-        "feed_forward.experts.gate_up_proj",
-        ("feed_forward.experts.{expert}.w1.weight", "feed_forward.experts.{expert}.w3.weight"),
-    ),
-    Fused("feed_forward.experts.down_proj", ("feed_forward.experts.{expert}.w2.weight",)),
-)
-_MIXTRAL_NAMES = (("block_sparse_moe.", "mlp."),)
-_GRANITE_NAMES = (
+MIXTRAL_NAMES = (("block_sparse_moe.", "mlp."),)
+GRANITE_NAMES = (
     ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
     ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
     ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
@@ -81,7 +76,7 @@ ROWS = (
     _sees("qwen3_vl_text", "Qwen3VL", "qwen3_vl"),
     _sees("qwen3_vl_moe_text", "Qwen3VLMoe", "qwen3_vl_moe"),
     _sees("glm4v_text", "Glm4v", "glm4v"),
-    _sees("glm4v_moe_text", "Glm4vMoe", "glm4v_moe", _EXPERTS),
+    _sees("glm4v_moe_text", "Glm4vMoe", "glm4v_moe", EXPERTS),
     Family("apertus", "Apertus"),
     Family("apertus1p5_text", "Apertus1p5Text", module="apertus1p5"),
     Family("arcee", "Arcee"),
@@ -140,7 +135,7 @@ ROWS = (
     Family("starcoder2", "Starcoder2", uniform_window=True),
     Family("vaultgemma", "VaultGemma"),
     # Mixtures of experts.
-    Family("afmoe", "Afmoe", fused=_EXPERTS, root_scale_switch="mup_enabled"),
+    Family("afmoe", "Afmoe", fused=EXPERTS, root_scale_switch="mup_enabled"),
     Family(
         "aria_text",
         "AriaText",
@@ -150,36 +145,34 @@ ROWS = (
             ("mlp.experts.fc2.weight", "mlp.experts.down_proj"),
         ),
     ),
-    Family("beam", "Beam", fused=_EXPERTS),
-    Family("cohere2_moe", "Cohere2Moe", fused=_EXPERTS),
+    Family("beam", "Beam", fused=EXPERTS),
+    Family("cohere2_moe", "Cohere2Moe", fused=EXPERTS),
     Family("dbrx", "Dbrx", layers="blocks", norm="norm_f", embeddings="wte"),
-    Family("dots1", "Dots1", fused=_EXPERTS),
+    Family("dots1", "Dots1", fused=EXPERTS),
     Family(
         "ernie4_5_moe",
         "Ernie4_5_Moe",
-        fused=_EXPERTS,
+        fused=EXPERTS,
         renamed=(("mlp.moe_statics.e_score_correction_bias", "mlp.gate.moe_statics.e_score_correction_bias"),),
     ),
     Family(
         "exaone_moe",
         "ExaoneMoe",
-        fused=_EXPERTS,
+        fused=EXPERTS,
         renamed=(("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),),
     ),
-    Family("flex_olmo", "FlexOlmo", fused=_EXPERTS),
-    Family("flint", "Flint", fused=_EXPERTS, renamed=(("self_attn.softmax_offset", "self_attn.sinks"),)),
-    Family("glm4_moe", "Glm4Moe", fused=_EXPERTS),
+    Family("flex_olmo", "FlexOlmo", fused=EXPERTS),
+    Family("flint", "Flint", fused=EXPERTS, renamed=(("self_attn.softmax_offset", "self_attn.sinks"),)),
+    Family("glm4_moe", "Glm4Moe", fused=EXPERTS),
     Family("gpt_oss", "GptOss"),
-    Family("granitemoe", "GraniteMoe", renamed=_GRANITE_NAMES, embedding_scale="embedding_multiplier"),
+    Family("granitemoe", "GraniteMoe", renamed=GRANITE_NAMES, embedding_scale="embedding_multiplier"),
     Family("granitemoe_swa", "GraniteMoeSWA", embedding_scale="embedding_multiplier"),
-    # A model with Mamba blocks is refused (`layer_kinds.py`); published models without any exist.
-    Family("granitemoehybrid", "GraniteMoeHybrid", renamed=_GRANITE_NAMES, embedding_scale="embedding_multiplier"),
-    Family("granitemoeshared", "GraniteMoeShared", renamed=_GRANITE_NAMES, embedding_scale="embedding_multiplier"),
-    Family("hunyuan_v1_moe", "HunYuanMoEV1", fused=_EXPERTS),
+    Family("granitemoeshared", "GraniteMoeShared", renamed=GRANITE_NAMES, embedding_scale="embedding_multiplier"),
+    Family("hunyuan_v1_moe", "HunYuanMoEV1", fused=EXPERTS),
     Family(
         "hy_v3",
         "HYV3",
-        fused=_EXPERTS,
+        fused=EXPERTS,
         renamed=(
             ("mlp.router.gate.weight", "mlp.gate.weight"),
             ("mlp.expert_bias", "mlp.e_score_correction_bias"),
@@ -191,7 +184,7 @@ ROWS = (
     Family(
         "kolibri1",
         "Kolibri1",
-        fused=_EXPERTS,
+        fused=EXPERTS,
         renamed=(
             ("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
             ("post_attn_norm", "post_self_attn_layernorm"),
@@ -201,7 +194,7 @@ ROWS = (
     Family(
         "laguna",
         "Laguna",
-        fused=_EXPERTS,
+        fused=EXPERTS,
         renamed=(
             ("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
             ("mlp.shared_expert.", "mlp.shared_experts."),
@@ -215,59 +208,40 @@ ROWS = (
         decoder_class="Llama4TextModel",
         decoder_at="model",
     ),
-    Family("mellum", "Mellum", fused=_EXPERTS),
+    Family("mellum", "Mellum", fused=EXPERTS),
     Family(
         "mimo_v2_flash",
         "MiMoV2Flash",
-        fused=_EXPERTS,
+        fused=EXPERTS,
         renamed=(("self_attn.attention_sink_bias", "self_attn.sinks"),),
     ),
-    Family("minimax_m2", "MiniMaxM2", renamed=_MIXTRAL_NAMES, fused=_MIXTRAL_EXPERTS),
-    Family("mixtral", "Mixtral", renamed=_MIXTRAL_NAMES, fused=_MIXTRAL_EXPERTS, uniform_window=True),
-    Family("olmoe", "Olmoe", fused=_EXPERTS),
+    Family("minimax_m2", "MiniMaxM2", renamed=MIXTRAL_NAMES, fused=MIXTRAL_EXPERTS),
+    Family("mixtral", "Mixtral", renamed=MIXTRAL_NAMES, fused=MIXTRAL_EXPERTS, uniform_window=True),
+    Family("olmoe", "Olmoe", fused=EXPERTS),
     Family(
         "phimoe",
         "Phimoe",
-        renamed=(*_MIXTRAL_NAMES, ("mlp.gate.weight", "mlp.router.weight")),
-        fused=_MIXTRAL_EXPERTS,
+        renamed=(*MIXTRAL_NAMES, ("mlp.gate.weight", "mlp.router.weight")),
+        fused=MIXTRAL_EXPERTS,
         uniform_window=True,
     ),
-    Family("qwen2_moe", "Qwen2Moe", fused=_EXPERTS),
-    Family("qwen3_moe", "Qwen3Moe", fused=_EXPERTS, uniform_window=True),
-    Family("solar_open", "SolarOpen", fused=_EXPERTS),
-    # Running states: short convolutions, or linear attention, in most blocks (`running_state.py`).
-    Family("lfm2", "Lfm2", norm="embedding_norm"),
-    Family("lfm2_moe", "Lfm2Moe", norm="embedding_norm", fused=_LFM_EXPERTS),
-    Family("qwen3_next", "Qwen3Next", fused=_EXPERTS),
-    Family(
-        "qwen3_5_text",
-        "Qwen3_5",
-        module="qwen3_5",
-        config_class="Qwen3_5TextConfig",
-        decoder_class="Qwen3_5TextModel",
-    ),
-    Family(
-        "qwen3_5_moe_text",
-        "Qwen3_5Moe",
-        module="qwen3_5_moe",
-        config_class="Qwen3_5MoeTextConfig",
-        decoder_class="Qwen3_5MoeTextModel",
-        fused=_EXPERTS,
-    ),
+    Family("qwen2_moe", "Qwen2Moe", fused=EXPERTS),
+    Family("qwen3_moe", "Qwen3Moe", fused=EXPERTS, uniform_window=True),
+    Family("solar_open", "SolarOpen", fused=EXPERTS),
     # Compressed latents in the cache (MLA).
-    Family("axk1", "AXK1", fused=_EXPERTS, renamed=(("post_mlp_layernorm", "mlp.post_mlp_layernorm"),), latent=True),
-    Family("deepseek_v2", "DeepseekV2", fused=_EXPERTS, latent=True),
-    Family("deepseek_v3", "DeepseekV3", fused=_EXPERTS, latent=True),
-    Family("glm4_moe_lite", "Glm4MoeLite", fused=_EXPERTS, latent=True),
+    Family("axk1", "AXK1", fused=EXPERTS, renamed=(("post_mlp_layernorm", "mlp.post_mlp_layernorm"),), latent=True),
+    Family("deepseek_v2", "DeepseekV2", fused=EXPERTS, latent=True),
+    Family("deepseek_v3", "DeepseekV3", fused=EXPERTS, latent=True),
+    Family("glm4_moe_lite", "Glm4MoeLite", fused=EXPERTS, latent=True),
     Family("minicpm3", "MiniCPM3", latent=True),
-    Family("mistral4", "Mistral4", fused=_EXPERTS, latent=True),
+    Family("mistral4", "Mistral4", fused=EXPERTS, latent=True),
     Family(
         "sarvam_mla",
         "DeepseekV3",
         module="deepseek_v3",
         config_module="sarvam_mla",
         config_class="SarvamMLAConfig",
-        fused=_EXPERTS,
+        fused=EXPERTS,
         latent=True,
     ),
     Family("youtu", "Youtu", latent=True),

@@ -29,13 +29,16 @@ class StateTensor:
 class RunningState:
     """The state of one block: that of its convolution, and that of its recurrence if it has one.
 
-    mixer: the name of the module, inside the block, that owns it. width: that of the mixer's input.
+    mixer: the name of the module, inside the block, that owns it. width: that of the mixer's input. scan: the function
+    of Transformers that computes the recurrence of several positions, if it always begins with a state of zeros
+    (`state.scans`); empty if it goes on from the state before them.
     """
 
     mixer: str
     width: int
     conv: StateTensor
     recurrent: StateTensor | None = None
+    scan: str = ""
 
     @property
     def tensors(self) -> tuple[StateTensor, ...]:
@@ -66,10 +69,94 @@ def _gated_delta_net(config: Any) -> RunningState:
     )
 
 
+def _kimi_delta(config: Any) -> RunningState:
+    heads, width = int(config.linear_num_heads), int(config.linear_head_dim)
+    return RunningState(
+        "self_attn",
+        int(config.hidden_size),
+        StateTensor((3 * heads * width, int(config.linear_conv_kernel_dim))),
+        StateTensor((heads, width, width), in_fp32=True),
+    )
+
+
+def _mamba2(config: Any, mixer: str, heads: int, width: int, groups: int, size: int, kernel: int) -> RunningState:
+    """`size` numbers for each of the `width` channels of a head. All heads of a group have the same B and C, which run
+    through the convolution beside the channels.
+    """
+    return RunningState(
+        mixer,
+        int(config.hidden_size),
+        StateTensor((heads * width + 2 * groups * size, kernel)),
+        StateTensor((heads, width, size), in_fp32=True),
+    )
+
+
+def _mamba2_alone(config: Any) -> RunningState:
+    return _mamba2(
+        config, "mixer", config.num_heads, config.head_dim, config.n_groups, config.state_size, config.conv_kernel
+    )
+
+
+def _mamba2_in_hybrids(config: Any) -> RunningState:
+    return _mamba2(
+        config,
+        "mamba",
+        config.mamba_n_heads,
+        config.mamba_d_head,
+        config.mamba_n_groups,
+        config.mamba_d_state,
+        config.mamba_d_conv,
+    )
+
+
+def _mamba2_of_nemotron(config: Any) -> RunningState:
+    return _mamba2(
+        config,
+        "mixer",
+        config.mamba_num_heads,
+        config.mamba_head_dim,
+        config.n_groups,
+        config.ssm_state_size,
+        config.conv_kernel,
+    )
+
+
+def _mamba(config: Any, mixer: str, channels: int, size: int, kernel: int) -> RunningState:
+    """`size` numbers for each channel."""
+    return RunningState(
+        mixer,
+        int(config.hidden_size),
+        StateTensor((channels, kernel)),
+        StateTensor((channels, size), in_fp32=True),
+        scan="mamba_selective_scan",
+    )
+
+
+def _mamba_alone(config: Any) -> RunningState:
+    return _mamba(config, "mixer", int(config.intermediate_size), int(config.state_size), int(config.conv_kernel))
+
+
+def _mamba_of_jamba(config: Any) -> RunningState:
+    channels = int(config.mamba_expand) * int(config.hidden_size)
+    return _mamba(config, "mamba", channels, int(config.mamba_d_state), int(config.mamba_d_conv))
+
+
 _STATES: dict[tuple[str, str], Callable[[Any], RunningState]] = {
     ("lfm2", "conv"): _short_convolution,
     ("lfm2_moe", "conv"): _short_convolution,
+    ("lfm3", "conv"): _short_convolution,
     ("qwen3_next", "linear_attention"): _gated_delta_net,
     ("qwen3_5_text", "linear_attention"): _gated_delta_net,
     ("qwen3_5_moe_text", "linear_attention"): _gated_delta_net,
+    ("olmo_hybrid", "linear_attention"): _gated_delta_net,
+    ("kimi_linear", "linear_attention"): _kimi_delta,
+    ("bailing_hybrid", "linear_attention"): _kimi_delta,
+    ("mamba2", "linear_attention"): _mamba2_alone,
+    ("bamba", "linear_attention"): _mamba2_in_hybrids,
+    ("granitemoehybrid", "linear_attention"): _mamba2_in_hybrids,
+    ("falcon_h1", "hybrid"): _mamba2_in_hybrids,
+    ("nemotron_h", "linear_attention"): _mamba2_of_nemotron,
+    ("mamba", "linear_attention"): _mamba_alone,
+    ("falcon_mamba", "linear_attention"): _mamba_alone,
+    ("jamba", "linear_attention"): _mamba_of_jamba,
 }

@@ -168,11 +168,11 @@ def pool_shapes(kinds: Sequence[LayerKind], layout: KVLayout) -> list[LayerKind]
     """For each index within a page a block that has it, which says the shapes of keys and of values.
 
     A span without keys and values has pages of the width of its states' inputs, for the states and for counting
-    positions.
+    positions; one of feed-forwards alone counts positions in pages of one number each.
     """
     caching = {index: kind for index, kind in zip(layout.page_index_of, kinds, strict=True) if kind.kv_heads}
     if not caching:
-        width = max(kind.state.width for kind in kinds if kind.state is not None)
+        width = max((kind.state.width for kind in kinds if kind.state is not None), default=1)
         return [LayerKind(None, None, 1, width, 0)]
     return [caching[index] for index in range(layout.blocks_per_page)]
 
@@ -186,11 +186,13 @@ def lay_out(kinds: Sequence[LayerKind], itemsize: int = 4) -> KVLayout:
     shapes = {(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in caching}
     whole = [EVERYTHING] * max(len(caching), 1)
     own = group(whole if len(shapes) != 1 else [Keep(kind.window, kind.chunk) for kind in caching])
-    if all(kind.state is None for kind in kinds):
+    if all(kind.kv_heads and kind.state is None for kind in kinds):
         return own
     places = iter(zip(own.group_of, own.page_index_of, strict=True))
     group_of, page_index_of = zip(*(next(places) if kind.kv_heads else (0, 0) for kind in kinds), strict=True)
     layout = replace(own, group_of=group_of, page_index_of=page_index_of)
+    if all(kind.state is None for kind in kinds):
+        return layout
     matrices = [(shape.kv_heads, shape.key_dim) for shape in pool_shapes(kinds, layout)]
     matrices += [(shape.kv_heads, shape.value_dim) for shape in pool_shapes(kinds, layout)]
     return replace(layout, states=StateLayout(kinds, matrices, itemsize))

@@ -120,8 +120,11 @@ class SpanModel(nn.Module):
         # A Transformers cache needs masks, which the decoder must make in each call.
         ours = cache is not None and not getattr(cache, "needs_mask", True)
         if not ours or attention_mask is not None or kwargs or torch.is_grad_enabled():
-            return run_decoder()
-        return self._loop.run(run_decoder, hidden, position_ids, cache)
+            output = run_decoder()
+        else:
+            output = self._loop.run(run_decoder, hidden, position_ids, cache)
+        # Mamba's blocks add to hidden states in fp32, whatever the model's dtype.
+        return output.to(self.dtype)
 
     def forward_no_cache(self, hidden: torch.Tensor, max_length: int | None = None) -> torch.Tensor:
         """Run whole sequences [B, T, hidden_size] from position 0 without a cache. Gradients flow to `hidden`."""
@@ -158,7 +161,7 @@ def load_span(
     decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype, attention)
     kinds = layer_kinds(checkpoint.config)[span.start : span.end]
     _cut(decoder, family, span)
-    if family.latent and not any(hasattr(part, "expand_kv") for part in decoder.modules()):
+    if any(kind.latent for kind in kinds) and not any(hasattr(part, "expand_kv") for part in decoder.modules()):
         raise UnsupportedModelError(
             f"{family.model_type} needs a newer Transformers: the installed one does not cache latents"
         )
@@ -198,10 +201,27 @@ def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
 
 def slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:
     """Cut the configuration's per-layer lists (`layer_types` and the like), which forward reads by the new numbers."""
+    _store_computed_lists(config, block_count)
     for name, value in vars(config).items():
         if isinstance(value, (list, tuple)) and len(value) == block_count:
             setattr(config, name, value[span.start : span.end])
     config.num_hidden_layers = len(span)
+
+
+def _store_computed_lists(config: PreTrainedConfig, block_count: int) -> None:
+    """Store the per-layer lists that the configuration computes at each access, as Jamba's and Bamba's do.
+
+    They compute them from the number of blocks, so in a span every list would begin with block 0.
+    """
+    kind = type(config)
+    computed = {name for base in kind.__mro__ for name, found in vars(base).items() if isinstance(found, property)}
+    lists = {name: getattr(config, name) for name in computed if "layer" in name}
+    lists = {name: value for name, value in lists.items() if isinstance(value, list) and len(value) == block_count}
+    if lists:
+        # The class of this one configuration, without the properties that would hide what is stored.
+        config.__class__ = type(kind.__name__, (kind,), dict.fromkeys(lists))
+        for name, value in lists.items():
+            setattr(config, name, value)
 
 
 def part_of(model: SpanModel, blocks: Span) -> SpanModel:

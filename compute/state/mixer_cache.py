@@ -35,22 +35,22 @@ class MixerCache:
         """Going back is not the mixer's business."""
         return False
 
-    def get_conv_state(self, _layer: int, state_idx: int = 0) -> torch.Tensor:
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor:
         """The last inputs of the convolution, `[rows, channels, kernel]`. The mixer may write to it."""
         return self.conv_states[state_idx]
 
-    def get_recurrent_state(self, _layer: int, state_idx: int = 0) -> torch.Tensor | None:
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """The recurrence's state before the input."""
         return self.recurrent_states[state_idx]
 
-    def update_conv_state(self, new: torch.Tensor, _layer: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
+    def update_conv_state(self, new: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
         """Add inputs `[rows, channels, positions]`. Returns them behind the last ones, which the convolution sees."""
         kept = self.conv_states[state_idx]
         seen = torch.cat([kept, new.to(kept.dtype)], dim=-1)
         self.conv_states[state_idx] = seen[..., -kept.shape[-1] :]
         return seen
 
-    def update_recurrent_state(self, new: torch.Tensor, _layer: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
+    def update_recurrent_state(self, new: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
         """Replace the recurrence's state."""
         self.recurrent_states[state_idx] = new
         return new

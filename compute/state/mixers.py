@@ -18,6 +18,7 @@ from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv.layout import BATCH_TOKENS
 from peerd.compute.state.mixer_cache import MixerCache
+from peerd.compute.state.scans import ScanFrom, scan_from
 from peerd.compute.state.store import RowStates, States, StateStore
 from peerd.compute.steps import Segment
 
@@ -40,7 +41,8 @@ class SpanMixers:
         for layer, (block, kind) in enumerate(zip(layers, kinds, strict=True)):
             if kind.state is not None:
                 mixer: Any = block.get_submodule(kind.state.mixer)
-                mixer.forward = BlockMixer(self, layer, mixer.forward)
+                scan = scan_from(mixer, kind.state.scan) if kind.state.scan else None
+                mixer.forward = BlockMixer(self, layer, mixer.forward, scan)
 
     @contextmanager
     def running(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -63,10 +65,13 @@ class SpanMixers:
 class BlockMixer:
     """The forward of one block's mixer."""
 
-    def __init__(self, owner: SpanMixers, layer: int, forward: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self, owner: SpanMixers, layer: int, forward: Callable[..., torch.Tensor], scan: ScanFrom | None = None
+    ) -> None:
         self._owner = owner
         self._layer = layer
         self._forward = forward
+        self._scan = scan
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`hidden_states` `[1, positions, width]` of the batch in view; without one, of whole sequences."""
@@ -101,9 +106,22 @@ class BlockMixer:
         conv, recurrent = (*states, None)[:2]
         assert conv is not None
         cache = MixerCache(conv, recurrent)
-        with self._owner.adapters.applied(segments):
+        begin = recurrent if any(segment.start for segment in segments) else None
+        with self._owner.adapters.applied(segments), self._beginning_with(begin):
             output = self._forward(hidden, **{self._cache_name(others): cache}, **_without_cache(others))
         return output, cache.states()
+
+    @contextmanager
+    def _beginning_with(self, recurrent: torch.Tensor | None) -> Iterator[None]:
+        """Give the state to a scan that cannot take it from the cache; None if it is zeros."""
+        if self._scan is None:
+            yield
+            return
+        self._scan.initial = recurrent
+        try:
+            yield
+        finally:
+            self._scan.initial = None
 
     def _begin(self, segment: Segment, others: dict[str, Any]) -> tuple[RowStates, States]:
         """A row's state at the segment's start; computed again from an older one if need be."""
@@ -157,6 +175,8 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Ten
     hidden = args[0] if args else next(others.pop(name) for name in _HIDDEN if name in others)
     if len(args) > 1 or not any(name in others for name in _CACHES):
         raise TypeError("a block gives its mixer arguments that peerd does not know")
+    # Mamba's blocks hand on what their decoder was given; their mixers read no positions.
+    others.pop("position_ids", None)
     if tensors := [name for name, value in others.items() if isinstance(value, torch.Tensor)]:
         raise TypeError(f"a block gives its mixer {', '.join(tensors)}, which peerd cannot cut by rows")
     return hidden, others

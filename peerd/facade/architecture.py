@@ -86,14 +86,15 @@ def _one_element_mask(*_: Any, **__: Any) -> torch.Tensor:
 def find_return_type(decoder: Any, layers: RemoteBlocks, family: Family) -> None:
     """Find out whether the decoder's loop expects tuples of its layers, by a run with layers that do nothing.
 
-    Five families of 104 do, and a release may change that, so they are asked instead of listed. Raises TypeError.
+    Few families do, of one element or of two, and a release may change that, so they are asked instead of listed.
+    Raises TypeError.
     """
     ids = torch.zeros(2, 3, dtype=torch.long, device=getattr(decoder, family.embeddings).weight.device)
     failure: Exception | None = None
-    for returns_tuple in (False, True):
+    for others in (None, 0, 1):
         blocks: list[Any] = list(layers)
         for block in blocks:
-            block.returns_tuple = returns_tuple
+            block.others = others
         try:
             with during(Call((), is_dry=True)), torch.no_grad():
                 output = type(decoder).forward(decoder, input_ids=ids, use_cache=False)

@@ -117,11 +117,14 @@ def during(call: Call) -> Iterator[None]:
 
 
 class RemoteBlock:
-    """Mixin of a decoder layer's class. `index` is the block's number in the model."""
+    """Mixin of a decoder layer's class. `index` is the block's number in the model.
+
+    others: how many values the decoder expects in a tuple behind the hidden states; None if it expects no tuple.
+    """
 
     index: int
     swarm: Runs
-    returns_tuple: bool
+    others: int | None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Send `[rows, columns, width]` through the run that begins here, or return it unchanged inside a run."""
@@ -131,7 +134,7 @@ class RemoteBlock:
             call = Call((Span(self.index, self.index + 1),))
         span = None if call.is_dry else call.begin(self.index)
         output = hidden_states if span is None else self.swarm.run(call, span, hidden_states)
-        return (output,) if self.returns_tuple else output
+        return output if self.others is None else (output, *(None,) * self.others)
 
 
 class RemoteBlocks(nn.ModuleList):
@@ -206,7 +209,7 @@ def make_remote(layers: nn.ModuleList, swarm: Runs) -> RemoteBlocks:
         replace_weights(layer)
         remote: Any = layer
         remote.__class__ = _remote_class(type(layer))
-        remote.index, remote.swarm, remote.returns_tuple = index, swarm, False
+        remote.index, remote.swarm, remote.others = index, swarm, None
         remote._register_state_dict_hook(_leave_out)
     return RemoteBlocks(layers)
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from peerd.facade.backend import AnySession
 from peerd.facade.lora import Pairs
-from peerd.facade.prefix import Prefix, prefix_of
+from peerd.facade.prefix import Prefix, length_of, prefix_of
 from peerd.protocol.rows import Drop, Fork
 from peerd.protocol.span import Span
 
@@ -118,7 +118,7 @@ class RemoteCache(DynamicCache):
                 f"a {type(cache).__name__} cannot hold the keys and values of remote blocks: leave the cache out, or"
                 " pass an empty DynamicCache"
             )
-        prefix, rows = prefix_of(cache, blocks) if cache.get_seq_length() else (None, 0)
+        prefix, rows = prefix_of(cache, blocks) if length_of(cache) else (None, 0)
         remote: Any = cache
         remote.__class__ = cls
         remote._setup(blocks, max_length, max_rollback)

@@ -18,6 +18,7 @@ from peerd.compute.transformers_compat import CACHE_NAMES, cache_argument
 from peerd.facade.blocks import Call, RemoteBlock, is_watched_after, plan_runs, pop, push
 from peerd.facade.cache import RemoteCache
 from peerd.facade.inputs import check_inputs, check_prefix_mask
+from peerd.facade.prefix import length_of
 from peerd.facade.steps import ROLLBACK
 
 _hints = threading.local()
@@ -77,7 +78,7 @@ class _BeforeDecoder:
         check_inputs(
             given,
             vocabulary=len(getattr(decoder, self._embeddings).weight),
-            past=cache.get_seq_length() if isinstance(cache, Cache) else 0,
+            past=length_of(cache) if isinstance(cache, Cache) else 0,
             model=decoder.config._name_or_path,
         )
         call = self._call(decoder, given)
@@ -113,7 +114,7 @@ class _BeforeDecoder:
             was_ours = isinstance(cache, RemoteCache)
             if not was_ours:
                 # Before the cache becomes a remote one, so that an error leaves it as it was.
-                check_prefix_mask(given.get("attention_mask"), cache.get_seq_length())
+                check_prefix_mask(given.get("attention_mask"), length_of(cache))
             cache = RemoteCache.adopt(cache, self._blocks, max_rollback=ROLLBACK)
             if cache.prefix is not None and not was_ours:
                 # peft gives a prefix in training too, where a pass brings its gradients.

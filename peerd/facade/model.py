@@ -17,6 +17,7 @@ from torch import nn
 
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.model.head import HeadModel, load_head_model
+from peerd.compute.transformers_compat import CACHE_NAMES
 from peerd.facade.architecture import dtype_named, find_return_type, remote_type, use_no_masks
 from peerd.facade.backend import Prompts
 from peerd.facade.blocks import make_remote
@@ -174,7 +175,7 @@ class RemotePreTrainedModel(Sharing):
             )
         parent: Any = super()
         parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        for name in ("cache", "past_key_values"):
+        for name in CACHE_NAMES:
             cache = model_kwargs.get(name)
             if cache is None:
                 continue

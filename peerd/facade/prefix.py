@@ -33,9 +33,21 @@ class Prefix:
         return torch.zeros(self.length, width)
 
 
+def length_of(cache: Any) -> int:
+    """How many positions a program's cache holds. Raises ValueError if it holds running states of local blocks."""
+    layers = getattr(cache, "layers", ())
+    if any(any(getattr(layer, "has_previous_state", {}).values()) for layer in layers):
+        raise ValueError(
+            "this cache holds running states of local blocks, which servers cannot take over: pass an empty"
+            " DynamicCache, and the whole text"
+        )
+    # Layers with a running state alone do not count positions.
+    return max((int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")), default=0)
+
+
 def prefix_of(cache: Any, blocks: int) -> tuple[Prefix, int]:
     """The prefix in a filled `DynamicCache`, and for how many rows it stands. Raises ValueError."""
-    filled = [(layer.keys, layer.values) for layer in cache.layers if layer.get_seq_length()]
+    filled = [(layer.keys, layer.values) for layer in cache.layers if hasattr(layer, "keys") and layer.get_seq_length()]
     if len(filled) != blocks or any(each.shape[2] != filled[0][0].shape[2] for pair in filled for each in pair):
         raise ValueError(
             f"a cache with keys and values of {len(filled)} blocks, or of different lengths: remote blocks take the"

@@ -77,6 +77,17 @@ _DELTA_NET = {
     "linear_value_head_dim": 12,
     "linear_conv_kernel_dim": 4,
 }
+_STATE_SPACE = {
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+_KIMI_DELTA = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"] * 2,
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+}
 _FEW_DENSE = {"mlp_layer_types": ["dense", "dense"] + ["sparse"] * 6}
 
 #: What a family has beside the common fields; None takes a common one away. Those not here have nothing.
@@ -84,6 +95,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "afmoe": {"mup_enabled": True, "num_dense_layers": 2, "layer_types": _MIXED},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "axk1": {**_LATENT, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 7},
+    "bailing_hybrid": {**_LATENT, **_KIMI_DELTA, **_FEW_DENSE},
+    "bamba": {**_STATE_SPACE, "attn_layer_indices": [2, 6]},
     "beam": {"rope_parameters": None},
     "biogpt": {"head_dim": None},
     "codegen": {"rotary_dim": 4, "n_ctx": 64},
@@ -100,6 +113,20 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots1": {"first_k_dense_replace": 1, "layer_types": _MIXED},
     "ernie4_5_moe": {"moe_k": 2, "moe_num_experts": 4, "moe_layer_start_index": 1, "moe_layer_interval": 2},
     "falcon": {"multi_query": True, "parallel_attn": True, "bias": True},
+    "falcon_h1": {
+        **_STATE_SPACE,
+        "mamba_d_ssm": 48,
+        "lm_head_multiplier": 0.7,
+        "embedding_multiplier": 3.0,
+        "mlp_multipliers": [0.8, 1.2],
+        "key_multiplier": 1.5,
+        "attention_out_multiplier": 0.9,
+        "attention_in_multiplier": 1.1,
+        "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+        "ssm_in_multiplier": 1.3,
+        "ssm_out_multiplier": 0.6,
+    },
+    "falcon_mamba": {"state_size": 4, "time_step_rank": 8},
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12},
     "gemma3_text": {"query_pre_attn_scalar": 12, "layer_types": _MIXED, "rope_parameters": _BY_TYPE},
     "glm4_moe": {"first_k_dense_replace": 1, "use_qk_norm": True},
@@ -119,17 +146,33 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 4]], "window_size": WINDOW},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {
-        "layer_types": ["full_attention"] * BLOCKS,
+        **_STATE_SPACE,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"] * 2,
         "shared_intermediate_size": 24,
-        "mamba_n_heads": 4,
     },
     # Rotary embeddings of two bases, and blocks without any.
     "granite_swa": {"layer_rope_theta": [500.0, 0, 50.0, 50.0] * 2},
     "granitemoe_swa": {"layer_rope_theta": [500.0, 0, 50.0, 50.0] * 2},
     "helium": {"head_dim": 8},
+    "jamba": {
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+    },
+    "kimi_linear": {**_LATENT, **_KIMI_DELTA, **_FEW_DENSE},
     "laguna": {"layer_types": _MIXED, "num_attention_heads_per_layer": [4, 8] * 4, "rope_parameters": _BY_TYPE},
     "lfm2": {"layer_types": _CONVOLVED, "conv_L_cache": 3, "conv_bias": True, "block_multiple_of": 8},
     "lfm2_moe": {"layer_types": _CONVOLVED, "conv_L_cache": 3, "num_dense_layers": 2},
+    "lfm3": {
+        "layer_types": ["conv", "sliding_attention", "full_attention", "conv"] * 2,
+        "conv_L_cache": 3,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
+    },
     "llama4_text": {
         "attn_temperature_tuning": True,
         "floor_scale": 4,
@@ -137,6 +180,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "interleave_moe_layer_step": 2,
         "intermediate_size_mlp": 40,
     },
+    "mamba": {"state_size": 4, "time_step_rank": 8},
+    "mamba2": {"num_heads": 4, "n_groups": 2, "state_size": 8, "chunk_size": 8},
     "mellum": {"layer_types": _MIXED, "rope_parameters": _BY_TYPE},
     "mimo_v2_flash": {"layer_types": _MIXED, "v_head_dim": 12, "rope_parameters": None},
     "minicpm3": _LATENT,
@@ -170,7 +215,24 @@ _OWN: dict[str, dict[str, Any]] = {
         }
     },
     "ministral": {"layer_types": _MIXED},
+    # Feed-forwards and experts are blocks of their own; the last span is one.
+    "nemotron_h": {
+        "layers_block_type": [
+            *("linear_attention", "moe", "full_attention", "linear_attention"),
+            *("mlp", "linear_attention", "full_attention", "mlp"),
+        ],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_latent_size": 16,
+        # Transformers keeps steps above this in a prompt, and not in a decode.
+        "time_step_min": 1e-9,
+    },
     "olmo3": {"layer_types": _MIXED},
+    "olmo_hybrid": _DELTA_NET,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 4},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 4, "mlp_only_layers": [1, 5]},
@@ -205,9 +267,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_rope_theta": [500.0, 0, 50.0, 50.0] * 2,
         },
     ),
-    "granitemoehybrid with ropes": (
+    "granitemoehybrid without states": (
         "granitemoehybrid",
-        {**_OWN["granitemoehybrid"], "position_embedding_type": "rope"},
+        {
+            **_OWN["granitemoehybrid"],
+            "layer_types": ["full_attention"] * BLOCKS,
+            "position_embedding_type": "rope",
+        },
     ),
     "mpt of 6 heads": ("mpt", {"d_model": 48, "n_heads": 6, "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.4}}),
     "gpt_bigcode without shared keys": ("gpt_bigcode", {"multi_query": False}),

@@ -181,7 +181,7 @@ def test_pickled_weights_are_never_read(copied: Path) -> None:
     ("changes", "reason"),
     [
         ({"model_type": "gemma3n_text"}, "share KV"),
-        ({"model_type": "mamba"}, "mamba cannot be cut into spans: its Mamba blocks"),
+        ({"model_type": "rwkv"}, "rwkv cannot be cut into spans: its decoder scales"),
         ({"model_type": None}, "None is not one"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized by gptq"),
     ],

@@ -147,8 +147,8 @@ class _Recorder:
         self.states[layer] = [StateTensor((new.shape[1], conv_kernel_size or new.shape[2]))]
         return new
 
-    def update_recurrent_state(self, new: torch.Tensor, layer: int, **_: Any) -> torch.Tensor:
-        self.states[layer].append(StateTensor(tuple(new.shape[1:]), in_fp32=True))
+    def update_recurrent_state(self, new: torch.Tensor, layer_idx: int, **_: Any) -> torch.Tensor:
+        self.states[layer_idx].append(StateTensor(tuple(new.shape[1:]), in_fp32=True))
         return new
 
     def get_mask_sizes(self, length: int, _layer: int) -> tuple[int, int]:
@@ -167,7 +167,9 @@ def test_sizes_follow_from_the_configuration(tiny: Tiny) -> None:
         assert [recorder.shapes.get(layer, (0, 0, 0)) for layer in range(len(own))] == own
         states = [list(kind.state.tensors) if kind.state is not None else [] for kind in span.kinds]
         assert [recorder.states.get(layer, []) for layer in range(len(own))] == states
-        kinds += own
+        # A block without keys and values counts positions by the width of what it logs, or by one number.
+        counted = [(1, kind.state.width if kind.state else 1, 0) for kind in span.kinds]
+        kinds += [shape if any(shape) else slot for shape, slot in zip(own, counted, strict=True)]
         sizes += [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
     assert kv_bytes_per_token(checkpoint, torch.float16) == max(h * (k + v) for h, k, v in kinds) * 2
     assert block_bytes(checkpoint, torch.float32) == max(sizes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -63,12 +66,10 @@ def test_what_people_ask_for_beside_causal_models_is_answered_with_the_reason(na
         family_named(name)
 
 
-def test_blocks_that_keep_a_running_state_are_refused_where_only_some_models_of_a_family_have_them() -> None:
-    from transformers import GraniteMoeHybridConfig
-
-    types = ["full_attention", "linear_attention"]
-    config = GraniteMoeHybridConfig(num_hidden_layers=2, layer_types=types)
-    with pytest.raises(UnsupportedModelError, match="linear_attention keeps a running state"):
+@pytest.mark.parametrize("layer_type", ["linear_attention", "hybrid"])
+def test_a_running_state_that_a_family_is_not_known_to_have_is_refused(layer_type: str) -> None:
+    config: Any = SimpleNamespace(model_type="llama", layer_types=["full_attention", layer_type])
+    with pytest.raises(UnsupportedModelError, match=f"{layer_type} keeps a running state"):
         layer_kinds(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,8 +67,9 @@ def _reference(name: str, folder: Path) -> Reference:
     return Reference(open_checkpoint(folder), *seen)
 
 
-# A convolution alone, and one beside linear attention.
-@pytest.fixture(params=["lfm2", "qwen3_next"])
+# A convolution alone, and beside windows; linear attention, also beside latents; state spaces of both kinds: alone, in
+# each block beside attention, and between feed-forwards.
+@pytest.fixture(params=["lfm2", "lfm3", "qwen3_next", "kimi_linear", "mamba", "falcon_h1", "nemotron_h"])
 def whole(request: pytest.FixtureRequest, references: Callable[[str], Reference]) -> Reference:
     return references(request.param)
 
@@ -95,12 +97,14 @@ def test_long_rows_equal_the_whole_model_whatever_is_cut_forked_and_batched(whol
         chain.check(Part("a", 0, 0, 156 + turn, 1), Part("b", 0, 1, 157 + turn, 1))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_any_way_of_going_on_and_back_equals_the_whole_model(convolved: Reference, seed: int) -> None:
+@pytest.mark.parametrize(("name", "seed"), [("lfm2", 0), ("mamba", 1), ("falcon_h1", 2)])
+def test_any_way_of_going_on_and_back_equals_the_whole_model(
+    references: Callable[[str], Reference], name: str, seed: int
+) -> None:
     """Prompts, tokens, guesses that are rejected, and wrong positions that are cut off again."""
     draw = random.Random(seed)
-    chain = Chain(convolved, (Span(2, 5),), batch_tokens=48)
-    before = Chain(convolved, (Span(0, 2),))
+    chain = Chain(references(name), (Span(2, 5),), batch_tokens=48)
+    before = Chain(references(name), (Span(0, 2),))
     before.open("r", max_length=LONG)
     inputs = before.run(*(Part("r", 0, 0, start, 40) for start in range(0, LONG, 40)))
     given = torch.cat(inputs)
@@ -131,7 +135,8 @@ def test_a_row_cut_further_back_than_was_promised_starts_again(whole: Reference)
     chain = Chain(whole, batch_tokens=24)
     chain.open("a", max_length=LONG, max_rows=2, max_rollback=BACK)
     chain.check(Part("a", 0, 0, 0, 150))
-    for engine in chain.engines:
+    keeping = [any(kind.state for kind in span.kinds) for span in chain.spans]
+    for engine in itertools.compress(chain.engines, keeping):
         engine.check(EngineStep("a", 9, (), (RowSlice(0, 150 - ROOM, 1),), whole.inputs[0, :1]))
         with pytest.raises(StepGapError) as gap:
             engine.check(EngineStep("a", 9, (), (RowSlice(0, 149 - ROOM, 1),), whole.inputs[0, :1]))
@@ -216,8 +221,8 @@ def test_inputs_run_again_a_few_at_a_time_however_far_a_row_goes_back(
     assert max(lengths) == 16
 
 
-def test_states_take_kv_tokens_for_as_long_as_their_session_lives(whole: Reference) -> None:
-    chain = Chain(whole, (Span(0, 3),), kv_tokens=4096)
+def test_states_take_kv_tokens_for_as_long_as_their_session_lives(convolved: Reference) -> None:
+    chain = Chain(convolved, (Span(0, 3),), kv_tokens=4096)
     engine = chain.engines[0]
     one, two = (engine.tokens_wanted(SessionSize(8, rows)) for rows in (1, 2))
     assert one > 8

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 
 import peerd
 from peerd.compute.families.lookup import FAMILIES
+from peerd.compute.transformers_compat import cache_argument
 from tests.compute.tiny_families import tiny_model
 from tests.peerd.facade.conftest import Servers
 from tests.peerd.facade.test_failover import SPANS, KillAt
@@ -22,7 +23,8 @@ IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79], [32, 38, 46, 26, 43, 38, 32
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
 
 
-@pytest.fixture(scope="module", params=["lfm2", "qwen3_5_text"])
+# A convolution, whose rows can be cut in Transformers too; blocks that return pairs; a model without attention.
+@pytest.fixture(scope="module", params=["lfm2", "bamba", "mamba"])
 def local(request: pytest.FixtureRequest) -> Any:
     model = tiny_model(FAMILIES[request.param]).requires_grad_(False)
     with torch.no_grad():
@@ -74,4 +76,10 @@ def test_beams_guesses_and_gradients_are_those_of_the_whole_model(local: Any, re
     killer = KillAt(remote, servers, {4: 1, 10: 0})
     found = remote.generate(IDS, logits_processor=LogitsProcessorList([killer]), **options)
     assert torch.equal(found, local.generate(IDS, **options))
-    assert killer.session.failovers == 2
+    # A busy machine may make a healthy server look dead too.
+    assert killer.session.failovers >= 2
+    # States that the whole model computed cannot move to servers.
+    cache = DynamicCache(config=local.config)
+    local(IDS, **{cache_argument(type(local).forward): cache})
+    with pytest.raises(ValueError, match="holds running states of local blocks"):
+        remote(IDS[:, :1], **{cache_argument(type(remote).forward): cache})
