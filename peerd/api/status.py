@@ -174,7 +174,8 @@ def _audits(model: SwarmModel) -> dict[str, Any] | None:
     return {
         "probability": auditor.probability,
         "counts": dict(auditor.counts),
-        "computed_positions": auditor.prefills.computed,
+        "hop_counts": dict(auditor.replay_counts),
+        "computed_positions": auditor.prefills.computed + auditor.replays.computed,
         "received_bytes": auditor.prefills.received_bytes,
     }
 

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 from peerd.protocol.encoding.schema import (
     Message,
     binary,
-    built,
     choice,
     group,
     integer,
@@ -25,18 +24,39 @@ from peerd.protocol.encoding.schema import (
     text,
 )
 from peerd.protocol.errors import NoRoom, Overloaded, PeerdError, from_wire
+from peerd.protocol.messages.audits import Copy, Sketch, sketch_seeds
 from peerd.protocol.messages.receipts import Acknowledge, receipt_every
+from peerd.protocol.messages.session_fields import (
+    MAX_LENGTH as MAX_LENGTH,
+)
+from peerd.protocol.messages.session_fields import (
+    MAX_ROWS as MAX_ROWS,
+)
+from peerd.protocol.messages.session_fields import (
+    MAX_STEP_POSITIONS as MAX_STEP_POSITIONS,
+)
+from peerd.protocol.messages.session_fields import (
+    U32 as U32,
+)
+from peerd.protocol.messages.session_fields import (
+    NextHop as NextHop,
+)
+from peerd.protocol.messages.session_fields import (
+    dump_next,
+    dump_slices,
+    maybe_next,
+    row_length,
+    row_lengths,
+    row_number,
+    row_slices,
+    short_text,
+)
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice, SessionSize
 
 INFER_PROTOCOL = "/peerd/infer/2"
 LINK_PROTOCOL = "/peerd/link/2"
 PROGRESS_PROTOCOL = "/peerd/progress/1"
 
-U32 = 2**32 - 1
-MAX_ROWS = 256
-MAX_LENGTH = 2**24
-# A longer prefill is sent as several steps, on which the hops then work at the same time.
-MAX_STEP_POSITIONS = 4096
 # How many unanswered steps a client may have unless the hop grants more: enough to keep a chain of three hops busy with
 # a prefill while one more step travels.
 DEFAULT_MAX_STEPS = 4
@@ -51,14 +71,9 @@ FEATURES = frozenset({"bridge", "fork", "own_adapter", "own_prefixes", "own_prom
 Want = Literal["none", "last", "all"]
 
 
-_row = integer(0, MAX_ROWS - 1)
-_length = integer(0, MAX_LENGTH)
-_rows = many(built(group(_row, _length, integer(1, MAX_STEP_POSITIONS)), RowSlice), MAX_ROWS)
-_lengths = many(group(_row, _length), MAX_ROWS)
-_name = text(64)
 _OP_FORMS: dict[str, tuple[type[Op], Any]] = {
-    "fork": (Fork, group(choice("fork"), _row, _row, _length)),
-    "drop": (Drop, group(choice("drop"), _row)),
+    "fork": (Fork, group(choice("fork"), row_number, row_number, row_length)),
+    "drop": (Drop, group(choice("drop"), row_number)),
 }
 
 
@@ -76,34 +91,12 @@ def _dump_op(op: Op) -> list[Any]:
     return ["drop", op.row]
 
 
-def _dump_rows(rows: tuple[RowSlice, ...]) -> list[list[int]]:
-    return [[slice_.row, slice_.start, slice_.count] for slice_ in rows]
-
-
-@dataclass(frozen=True, slots=True)
-class NextHop:
-    """The hop to which another hop pushes its results: the ticket to show there, and that peer's signed `peer`
-    record.
-    """
-
-    ticket: bytes
-    record: bytes
-
-
-_next_hop = built(group(binary(1, 1024), binary(1, 1024)), NextHop)
-
-
-def _maybe_next(value: Any) -> NextHop | None:
-    return None if value is None else _next_hop(value)
-
-
-def _dump_next(value: NextHop | None) -> list[bytes] | None:
-    return None if value is None else [value.ticket, value.record]
-
-
 @dataclass(frozen=True, slots=True)
 class OpenSession(Message):
-    """Client to each hop: commit KV memory for `max_rows` rows of `max_length` positions in these blocks."""
+    """Client to each hop: commit KV memory for `max_rows` rows of `max_length` positions in these blocks.
+
+    sketch: seeds of the sketches that the client wants (spec/sessions/audits.md).
+    """
 
     TYPE: ClassVar[str] = "open"
     session: bytes = required(binary(16, 16))
@@ -114,15 +107,16 @@ class OpenSession(Message):
     end: int = required(integer(1, 4096))
     max_length: int = required(integer(1, MAX_LENGTH))
     max_rows: int = optional(integer(1, MAX_ROWS), 1)
-    max_rollback: int = optional(_length, 0)
-    prompt_length: int = optional(_length, 0)
+    max_rollback: int = optional(row_length, 0)
+    prompt_length: int = optional(row_length, 0)
     max_steps: int = optional(integer(1, 64), DEFAULT_MAX_STEPS)
     dtype: str = optional(choice("float32", "float16", "bfloat16"), "float32")
-    codec: str = optional(_name, "exact")
+    codec: str = optional(short_text, "exact")
     adapter: str = optional(text(128), "")
     timeout_ms: int = optional(integer(0, 600_000), 2000)
-    needs: tuple[str, ...] = optional(many(_name, 32), ())
-    next: NextHop | None = optional(_maybe_next, None, _dump_next)
+    needs: tuple[str, ...] = optional(many(short_text, 32), ())
+    next: NextHop | None = optional(maybe_next, None, dump_next)
+    sketch: tuple[bytes, ...] = optional(sketch_seeds, ())
 
     @property
     def size(self) -> SessionSize:
@@ -141,7 +135,7 @@ class Opened(Message):
     TYPE: ClassVar[str] = "opened"
     epoch: int = required(integer(0, U32))
     max_steps: int = required(integer(1, 64))
-    have: tuple[tuple[int, int], ...] = optional(_lengths, ())
+    have: tuple[tuple[int, int], ...] = optional(row_lengths, ())
     receipt_every: int = optional(receipt_every, 0)
 
 
@@ -151,7 +145,7 @@ class Route(Message):
 
     TYPE: ClassVar[str] = "route"
     epoch: int = required(integer(1, U32))
-    next: NextHop | None = optional(_maybe_next, None, _dump_next)
+    next: NextHop | None = optional(maybe_next, None, dump_next)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +178,11 @@ class Step(Message):
     TYPE: ClassVar[str] = "step"
     epoch: int = required(integer(0, U32))
     seq: int = required(integer(0, U32))
-    rows: tuple[RowSlice, ...] = required(_rows, _dump_rows)
+    rows: tuple[RowSlice, ...] = required(row_slices, dump_slices)
     tensor: dict[str, Any] | None = optional(mapping, None)
     want: Want = optional(choice("none", "last", "all"), "last")
     ops: tuple[Op, ...] = optional(many(_op, 2 * MAX_ROWS), (), lambda ops: [_dump_op(op) for op in ops])
-    needs: tuple[str, ...] = optional(many(_name, 32), ())
+    needs: tuple[str, ...] = optional(many(short_text, 32), ())
 
     @property
     def positions(self) -> int:
@@ -202,7 +196,7 @@ class Output(Message):
     TYPE: ClassVar[str] = "output"
     epoch: int = required(integer(0, U32))
     seq: int = required(integer(0, U32))
-    rows: tuple[RowSlice, ...] = optional(_rows, (), _dump_rows)
+    rows: tuple[RowSlice, ...] = optional(row_slices, (), dump_slices)
     tensor: dict[str, Any] | None = optional(mapping, None)
 
 
@@ -215,7 +209,7 @@ class Gap(Message):
     TYPE: ClassVar[str] = "gap"
     epoch: int = required(integer(0, U32))
     seq: int = required(integer(0, U32))
-    have: tuple[tuple[int, int], ...] = required(_lengths)
+    have: tuple[tuple[int, int], ...] = required(row_lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +229,7 @@ class Failure(Message):
     """
 
     TYPE: ClassVar[str] = "error"
-    code: str = required(_name)
+    code: str = required(short_text)
     message: str = optional(text(MAX_ERROR_TEXT), "")
     seq: int | None = optional(integer(0, U32), None)
     free_tokens: int = optional(integer(0, 2**40), 0)
@@ -295,8 +289,8 @@ class Linked(Message):
 
 
 # The messages that each side may send on each kind of stream.
-CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (OpenSession, Step, Route, Bridge, Acknowledge)
-CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure, Step)
+CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (OpenSession, Step, Route, Bridge, Acknowledge, Copy)
+CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure, Step, Sketch)
 PROGRESS_FROM_CLIENT: tuple[type[Message], ...] = (Ask,)
 PROGRESS_FROM_HOP: tuple[type[Message], ...] = (Progress, Failure)
 LINK_FROM_UPSTREAM: tuple[type[Step], ...] = (Step,)

@@ -125,7 +125,10 @@ class Figures(Collector):
     def _audits(self) -> Labelled:
         counts: dict[tuple[str, ...], float] = {}
         for _, model in self._models:
-            for outcome, count in model.auditor.counts.items() if model.auditor is not None else ():
+            if (auditor := model.auditor) is None:
+                continue
+            hops = {f"hop {outcome}": count for outcome, count in auditor.replay_counts.items()}
+            for outcome, count in (auditor.counts | hops).items():
                 counts[(outcome,)] = counts.get((outcome,), 0) + count
         return counts
 

@@ -98,8 +98,13 @@ def _convicted(one: dict[str, Any]) -> str:
 
 
 def _audits(audits: dict[str, Any]) -> str:
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(audits["counts"].items()))
-    return f"1 answer in {1 / audits['probability']:g}" + (f": {counts}" if counts else ", none so far")
+    answers, hops = (_ends(audits[which]) for which in ("counts", "hop_counts"))
+    return f"1 answer in {1 / audits['probability']:g}{answers}; each hop as often{hops}"
+
+
+def _ends(counts: dict[str, int]) -> str:
+    ends = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return f": {ends}" if ends else ", none so far"
 
 
 def _rtt(milliseconds: float | None) -> str:

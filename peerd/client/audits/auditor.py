@@ -12,20 +12,26 @@ import random
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 
+import torch
 import trio
 
 from peerd.client.audits.audit import Audit, AuditTools, End, Outcome
 from peerd.client.audits.case import Case
+from peerd.client.audits.open_case import OpenCase
 from peerd.client.audits.others import Others, Planner
 from peerd.client.audits.policy import AuditPolicy
 from peerd.client.audits.prefills import Prefills
+from peerd.client.audits.replay_audit import ReplayAudit, hop_to_check, positions_before
+from peerd.client.audits.replays import Replays
 from peerd.client.audits.transcript import Transcript
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
+from peerd.client.session.step_log import OnAnswer
 from peerd.compute.audits.distance import MIN_POSITIONS
 from peerd.compute.audits.thresholds import own_thresholds
 from peerd.protocol.identity import PeerId
+from peerd.protocol.messages.session import Step
 from peerd.protocol.span import Span
 from peerd.routing.audits.suspects import Suspects
 from peerd.routing.directory.standing import StandingOf
@@ -40,6 +46,8 @@ MAX_WAITING = 4
 MAX_BYTES = 64 * 2**20
 # Seconds between an answer and its audit, at most: an audit that always follows at once is easily told from a session.
 MAX_DELAY_S = 30.0
+# Of a longer chain the hops behind this one are checked by whole answers only.
+MAX_HOPS = 16
 
 Convict = Callable[[PeerId, str], Awaitable[None]]
 """Avoids a peer for a day, because of what the text says."""
@@ -70,10 +78,16 @@ class Auditor:
         self.last: Outcome | None = None
         thresholds = policy.thresholds or own_thresholds()
         self._tools = AuditTools(Others(planner, standing), self.prefills, thresholds, Suspects(), self._in_use)
+        #: How the checks of single hops ended, as `counts`; and what they computed.
+        self.replay_counts: Counter[str] = Counter()
+        self.replays = Replays(opener, width, self._in_use)
+        self._opener = opener
+        self._width = width
         self._convict = convict
         self._rng = rng
         self._sessions: set[Session] = set()
         self._waiting: deque[Case] = deque(maxlen=MAX_WAITING)
+        self._open: deque[ReplayAudit] = deque(maxlen=MAX_WAITING)
         self._came = trio.Event()
         self._is_busy = False
         self._rested = trio.lowlevel.ParkingLot()
@@ -103,7 +117,38 @@ class Auditor:
             else:
                 self._take(session, transcript, blocks, terms)
 
-        session.observe(transcript.note if transcript is not None else None, ended)
+        check = self._hop_check(session, terms)
+
+        def answered(step: Step, result: torch.Tensor) -> None:
+            for note in (transcript.note if transcript is not None else None, check):
+                if note is not None:
+                    note(step, result)
+
+        session.observe(answered if transcript is not None or check is not None else None, ended)
+
+    def _hop_check(self, session: Session, terms: Terms) -> OnAnswer | None:
+        """Decide whether a hop of the session will be checked while it is in use; the result takes its answers."""
+        chance = self._rng.random()
+        if not terms.are_sketched or hop_to_check(chance, self.probability, MAX_HOPS) is None:
+            return None
+        case = OpenCase(session, terms, Transcript(0, session.log.sent, MAX_BYTES), self._width)
+        wanted: int | None = positions_before(self._rng)
+
+        def note(step: Step, result: torch.Tensor) -> None:
+            nonlocal wanted
+            case.note(step, result)
+            if wanted is None or session.log.positions < wanted:
+                return
+            at = hop_to_check(chance, self.probability, len(session.chain))
+            if at is not None and not case.is_ripe(at):
+                return
+            wanted = None
+            if at is not None:
+                self.replay_counts["chosen"] += 1
+                self._open.append(ReplayAudit(case, at, terms, self._tools, self.replays, self._opener))
+                self._came.set()
+
+        return note
 
     def _take(self, session: Session, transcript: Transcript, blocks: Span, terms: Terms) -> None:
         """Put an answer in line for its audit, if it can be audited."""
@@ -126,26 +171,30 @@ class Auditor:
     async def run(self) -> None:
         """Audit the chosen answers, until cancelled."""
         while True:
-            while not self._waiting:
+            while not self._waiting and not self._open:
                 self._is_busy = False
                 self._rested.unpark_all()
                 self._came = trio.Event()
                 await self._came.wait()
             self._is_busy = True
+            if self._open:
+                # First, because its session may end.
+                await self._carry_out(self._open.popleft(), self.replay_counts)
+                continue
             case = self._waiting.popleft()
             await trio.sleep(self._rng.uniform(0, MAX_DELAY_S))
-            outcome = Outcome(End.UNFINISHED, f"no end within {AUDIT_S:g} s")
-            with trio.move_on_after(AUDIT_S):
-                outcome = await Audit(case, self._tools).run()
-            await self._note(outcome)
+            await self._carry_out(Audit(case, self._tools), self.counts)
 
     async def wait_done(self) -> None:
         """Wait until no answer waits for its audit."""
-        while self._waiting or self._is_busy:
+        while self._waiting or self._open or self._is_busy:
             await self._rested.park()
 
-    async def _note(self, outcome: Outcome) -> None:
-        self.counts[outcome.end.value] += 1
+    async def _carry_out(self, audit: Audit | ReplayAudit, counts: Counter[str]) -> None:
+        outcome = Outcome(End.UNFINISHED, f"no end within {AUDIT_S:g} s")
+        with trio.move_on_after(AUDIT_S):
+            outcome = await audit.run()
+        counts[outcome.end.value] += 1
         self.last = outcome
         level = logging.WARNING if outcome.end in (End.CONVICTED, End.UNEXPLAINED) else logging.DEBUG
         log.log(level, "an audit ended: %s, %s", outcome.end.value, outcome.why)

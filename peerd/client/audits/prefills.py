@@ -59,7 +59,7 @@ class Prefills:
         blocks = Span(hops[0].span.start, hops[-1].span.end)
         # The same lengths as in the session: the ropes of some models depend on them.
         size = SessionSize(terms.size.max_length, prompt_length=terms.size.prompt_length)
-        terms = replace(terms, size=size)
+        terms = replace(terms, size=size, are_sketched=False)
         tools = SessionTools(_OneChain(hops), self._opener, self._rng)
         result: torch.Tensor | None = None
         try:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 import trio
 
+from peerd.exchange.sketch_log import SketchLog
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
@@ -23,7 +24,9 @@ OnMessage = Callable[["ControlStream", Message, memoryview], None]
 class ControlStream:
     """One hop of an open chain. `number` is its name in tickets; `opened` is its answer to the `open` of `epoch`."""
 
-    def __init__(self, hop: Hop, number: int, epoch: int, stream: Stream, opened: Opened) -> None:
+    def __init__(
+        self, hop: Hop, number: int, epoch: int, stream: Stream, opened: Opened, seeds: tuple[bytes, ...] = ()
+    ) -> None:
         self.hop = hop
         self.number = number
         self.epoch = epoch
@@ -32,6 +35,8 @@ class ControlStream:
         #: How many positions it has computed in answered steps, and how many of them we acknowledged.
         self.served = 0
         self.acknowledged = 0
+        #: What the hop said of the positions that came to it.
+        self.sketches = SketchLog(seeds)
         self._is_closing = False
 
     def __repr__(self) -> str:
@@ -90,7 +95,7 @@ async def open_control(connections: Connections, hop: Hop, opening: OpenSession,
         except BaseException:
             stream.reset("cancelled")
             raise
-    return ControlStream(hop, opening.hop, opening.epoch, stream, reply)
+    return ControlStream(hop, opening.hop, opening.epoch, stream, reply, opening.sketch)
 
 
 @contextmanager

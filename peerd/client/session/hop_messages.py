@@ -21,6 +21,7 @@ from peerd.protocol.encoding.schema import Message
 from peerd.protocol.encoding.tensors import MAX_EXACT_VALUE_BYTES
 from peerd.protocol.errors import BadResult, CallerError, Evicted, PeerdError, RemoteProtocolError
 from peerd.protocol.identity import PeerId
+from peerd.protocol.messages.audits import MAX_SKETCH_BYTES, Sketch
 from peerd.protocol.messages.session import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
 
 
@@ -52,8 +53,9 @@ class HopMessages:
 
     async def read(self, control: ControlStream) -> None:
         """Read a hop's messages until its stream ends, and report how it ended."""
+        longest = max(MAX_STEP_POSITIONS * self._width * MAX_EXACT_VALUE_BYTES, MAX_SKETCH_BYTES)
         try:
-            await control.read(self._on_message, MAX_STEP_POSITIONS * self._width * MAX_EXACT_VALUE_BYTES)
+            await control.read(self._on_message, longest)
         except trio.ClosedResourceError:
             return
         except PeerdError as error:
@@ -75,6 +77,8 @@ class HopMessages:
                 self._bridges.link_down(chain, control, message)
             case Step():
                 self._bridges.pass_on(chain, control, message, body)
+            case Sketch():
+                control.sketches.take(message, body)
             case Gap():
                 self._disagrees(control, Evicted(f"{control.hop.peer_id} has only {message.have}"))
             case _:

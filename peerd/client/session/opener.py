@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
@@ -25,6 +25,7 @@ from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.adapters import OWN_ADAPTER
+from peerd.protocol.messages.audits import SEED_BYTES, Copy
 from peerd.protocol.messages.session import (
     PROGRESS_FROM_HOP,
     PROGRESS_PROTOCOL,
@@ -62,6 +63,8 @@ class Terms:
     own_adapter: Lora | None = None
     # Features that every hop must have.
     needs: tuple[str, ...] = ()
+    # Whether hops are asked for sketches of what comes to them; those that know nothing of it send none.
+    are_sketched: bool = False
 
     @property
     def tokens(self) -> int:
@@ -188,6 +191,25 @@ class ChainOpener:
         assert isinstance(reply, Progress)
         return reply
 
+    async def open_beside(
+        self, chain: LiveChain, hop: Hop, terms: Terms, seeds: tuple[bytes, ...], margin_s: float
+    ) -> ControlStream:
+        """Open one more hop for the chain's session that is no part of the chain. It has no next hop. Raises the error
+        with which it refuses, or a PeerFault.
+        """
+        (number,) = chain.take_numbers(1)
+        opening = self._opening(chain.session, hop, terms, chain.epoch, number, None)
+        return await open_control(self._connections, hop, replace(opening, sketch=seeds), margin_s)
+
+    async def copy(self, chain: LiveChain, upstream: ControlStream, to: ControlStream) -> None:
+        """Have a hop of the chain send its rows to one beside it. Raises a PeerFault, trio.ClosedResourceError."""
+        next_hop = await self._next(chain.session, upstream.hop, to.hop, to.number, chain.epoch)
+        upstream.send_nowait(Copy(epoch=chain.epoch, next=next_hop), priority=Priority.CONTROL)
+
+    def new_seed(self) -> bytes:
+        """A seed for sketches that others cannot guess."""
+        return self._random_bytes(SEED_BYTES)
+
     def voice(self, peer_id: PeerId) -> str:
         """Who counts as one with a peer: its public network, where a connection shows it, or itself alone."""
         return voice_of(self._connections, peer_id)
@@ -217,6 +239,7 @@ class ChainOpener:
             adapter=terms.adapter,
             needs=terms.needs + needs_of(within(terms.own_adapter or {}, hop.span)),
             next=next_hop,
+            sketch=(self.new_seed(),) if terms.are_sketched else (),
         )
 
     async def _next(self, session: bytes, sender: Hop, receiver: Hop, number: int, epoch: int) -> NextHop:

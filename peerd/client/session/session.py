@@ -16,6 +16,7 @@ import trio
 from peerd.client.finding.finder import Patience
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.step_log import OnAnswer, Pending, StepLog
 from peerd.client.session.supervisor import Supervisor
@@ -53,6 +54,12 @@ class Session:
     def chain(self) -> tuple[ServedBy, ...]:
         """Which peers serve which blocks now; empty before the first step."""
         return self._supervisor.chain.served_by
+
+    @property
+    def live(self) -> LiveChain | None:
+        """The open chain; None while hops are missing."""
+        chain = self._supervisor.chain
+        return chain if chain.is_whole and not self._closed else None
 
     @property
     def closed(self) -> bool:

@@ -18,6 +18,7 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message
 from peerd.protocol.encoding.tensors import DTYPES, encode_tensor
 from peerd.protocol.errors import PeerFault, RemoteProtocolError
+from peerd.protocol.messages.audits import Sketch
 from peerd.protocol.messages.session import Opened, OpenSession, Output, Step
 
 # A client that leaves this many answers unread is considered gone: it is several times what it may ask for at once.
@@ -72,6 +73,10 @@ class Answering:
     def tell(self, message: Message) -> None:
         """Queue a message for the client. A client that is away gets nothing, and asks when it comes back."""
         self._send(message, (), Priority.CONTROL)
+
+    def tell_sketch(self, sketch: Sketch, body: list[memoryview]) -> None:
+        """Queue a sketch for the client. A client that is away never gets it."""
+        self._send(sketch, body, priority_of(sketch.positions))
 
     def report(self, message: Message) -> None:
         """Tell the client about its route; if it is away, as soon as it is back."""

@@ -21,6 +21,9 @@ from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import CallerError, LinkFailed, PeerFault
 from peerd.protocol.messages.session import REPLAY_SEQ, Failure, Gap, LinkDown, Linked, NextHop, Routed, Step
 
+# How long a copy for an audit may take. Meanwhile the log keeps every step, so it is no longer than that.
+COPY_S = 30.0
+
 OpenLink = Callable[[NextHop], AbstractAsyncContextManager[tuple[Stream, Linked]]]
 """Dials the next hop, shows the ticket, and yields the link and the hop's answer. Raises LinkFailed."""
 
@@ -121,6 +124,17 @@ class Downstream:
             # The handler of the control stream notices when it ends. A newer route cancels the bridge.
             await trio.sleep_forever()
 
+    async def copy(self, epoch: int, next_hop: NextHop) -> None:
+        """Send another hop, over a link of its own, what the next hop was sent so far. Says nothing if that fails: the
+        client sees at the other hop what came.
+        """
+        with suppress(LinkFailed, PeerFault, CallerError, trio.ClosedResourceError), trio.move_on_after(COPY_S):
+            async with self._open_link(next_hop) as (link, _):
+                with self.kept.pinned():
+                    for step, hidden in self.kept.since(0, epoch):
+                        await self._encode_and_send(link, step, hidden)
+                await link.wait_drained()
+
     @contextmanager
     def _routed(self, epoch: int) -> Iterator[trio.CancelScope]:
         """Cancel the previous route that is being set up, run this one, and report how it ends."""
@@ -164,9 +178,12 @@ class Downstream:
 
     async def _send(self, link: Stream, step: Step, hidden: torch.Tensor) -> None:
         if self._is_lacking(step):
-            header, body = encoded(step, hidden, self._codec, self._dtype)
-            self._meters.sent(self._codec, body)
-            await link.send(header, body, priority=priority_of(step.positions))
+            await self._encode_and_send(link, step, hidden)
+
+    async def _encode_and_send(self, link: Stream, step: Step, hidden: torch.Tensor) -> None:
+        header, body = encoded(step, hidden, self._codec, self._dtype)
+        self._meters.sent(self._codec, body)
+        await link.send(header, body, priority=priority_of(step.positions))
 
     def _send_nowait(self, link: Stream, step: Step, hidden: torch.Tensor) -> None:
         if self._is_lacking(step):

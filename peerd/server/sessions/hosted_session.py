@@ -30,6 +30,7 @@ from peerd.protocol.errors import (
     Superseded,
 )
 from peerd.protocol.messages.adapters import Upload
+from peerd.protocol.messages.audits import Copy
 from peerd.protocol.messages.session import (
     MAX_STEP_POSITIONS,
     REPLAY_SEQ,
@@ -49,11 +50,14 @@ from peerd.server.sessions.answering import Answering
 from peerd.server.sessions.downstream import Downstream, OpenLink
 from peerd.server.sessions.outlet import Outlet
 from peerd.server.sessions.own_adapter import OwnAdapter
+from peerd.server.sessions.sketching import Sketching
 
 # With more unsent results than this, the session waits. One on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2
 # A hop queues no more steps than this, even for a client with a deeper pipeline (`open` may ask for up to 64).
 MAX_GRANTED_STEPS = 16
+# An audit asks for two copies, and few sessions are audited; each copy costs as much as a replay.
+MAX_COPIES = 8
 
 
 class HostedSession:
@@ -83,9 +87,13 @@ class HostedSession:
         self.last_used = trio.current_time()
         self.admitted = False
         self.client = Answering(opening, self.close, engine.meter.meters)
+        self._copies = 0
         self._engine = engine
         self._adapter = OwnAdapter(opening, owner, adapter_room or AdapterRoom())
         self._dtype = DTYPES[opening.dtype]
+        self._sketching: Sketching | None = None
+        if opening.sketch:
+            self._sketching = Sketching(opening, engine.engine.hidden_size, self._dtype, self.client.tell_sketch)
         kept = ReplayLog(opening.max_length, max_positions=opening.size.positions)
         down = Downstream(opening.codec, self._dtype, kept, open_link, self.client.report, engine.meter.meters)
         self._outlet = Outlet(opening, self.client, down, self.max_steps)
@@ -217,6 +225,15 @@ class HostedSession:
             self._tasks.start_soon(self._outlet.bridge, bridge, control)
         self._moved.unpark_all()
 
+    def copy(self, copy: Copy) -> None:
+        """Send the rows to another hop too, which checks the next one. Raises RemoteProtocolError beyond MAX_COPIES."""
+        self._copies += 1
+        if self._copies > MAX_COPIES:
+            raise RemoteProtocolError(f"{self._copies} copies of one session")
+        if self._outlet.is_last:
+            raise InvalidRequest("a last hop keeps no results that it could send again")
+        self._tasks.start_soon(self._outlet.copy, copy)
+
     @property
     def progress(self) -> Progress:
         """How far the session is."""
@@ -252,7 +269,8 @@ class HostedSession:
         try:
             if self._adapter.is_missing:
                 raise InvalidRequest("a step came before the adapter that this session needs")
-            self._engine.submit(self, step, self._decode(step, body))
+            hidden = self._decode(step, body)
+            self._engine.submit(self, step, hidden)
         except StepGapError as gap:
             self.client.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))
         except CallerError as error:
@@ -260,6 +278,8 @@ class HostedSession:
         else:
             self._pending.append(step)
             self.taken = max(self.taken, step.seq)
+            if self._sketching is not None:
+                self._sketching.received(step, hidden)
 
     def take_over(self, epoch: int) -> trio.CancelScope:
         """Begin a link with this epoch's ticket, and end the one before. Raises Superseded, Evicted."""
@@ -288,6 +308,8 @@ class HostedSession:
                 raise result
             if self.receipts is not None:
                 self.receipts.computed += step.positions
+            if self._sketching is not None:
+                self._sketching.computed(step, result)
             self._outlet.send(step, result)
         except PeerdError as error:
             self.client.tell(Failure.of(error, step.seq))

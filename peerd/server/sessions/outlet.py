@@ -10,6 +10,7 @@ import torch
 
 from peerd.net.connections import Stream
 from peerd.protocol.errors import BadResult, InvalidRequest, Superseded, UnsupportedFeature
+from peerd.protocol.messages.audits import Copy
 from peerd.protocol.messages.session import REPLAY_SEQ, Bridge, NextHop, OpenSession, Route, Step
 from peerd.server.sessions.answering import Answering
 from peerd.server.sessions.downstream import Downstream
@@ -55,6 +56,15 @@ class Outlet:
     async def bridge(self, bridge: Bridge, control: Stream) -> None:
         """Push results to the client over its control stream, until a newer route is up."""
         await self._down.bridge(bridge.epoch, control, bridge.taken)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether results go to the client, so that none are kept."""
+        return self._is_last
+
+    async def copy(self, copy: Copy) -> None:
+        """Send another hop what the next hop was sent so far."""
+        await self._down.copy(copy.epoch, copy.next)
 
     def send(self, step: Step, hidden: torch.Tensor) -> None:
         """Queue a step's result, `[positions, width]`. Raises UnsupportedFeature if the wire's dtype cannot hold it."""

@@ -19,6 +19,7 @@ from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import Evicted, InvalidRequest, Overloaded, PeerdError, RemoteProtocolError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import Loaded, Upload
+from peerd.protocol.messages.audits import Copy
 from peerd.protocol.messages.receipts import Acknowledge
 from peerd.protocol.messages.session import (
     CONTROL_FROM_CLIENT,
@@ -111,6 +112,8 @@ async def serve_control(stream: Stream, session: HostedSession) -> None:
             session.route(message)
         elif isinstance(message, Bridge):
             session.bridge(message)
+        elif isinstance(message, Copy):
+            session.copy(message)
         elif isinstance(message, Acknowledge):
             session.acknowledge(message.receipt)
         else:

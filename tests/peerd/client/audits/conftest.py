@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -119,6 +119,8 @@ class Tribunal:
     auditor: Auditor
     load: Callable[..., Engine]
     convicted: list[PeerId]
+    #: Whether its sessions ask for sketches.
+    is_sketched: bool = False
 
     async def serve(
         self,
@@ -144,6 +146,7 @@ class Tribunal:
         client = self.client
         size = SessionSize(64 if max_rows > 1 else 128, max_rows, max_rollback, prompt_length)
         terms = Terms(MODEL, size, max_steps=4, dtype="float32", codec="exact", timeout_ms=2000)
+        terms = replace(terms, are_sketched=self.is_sketched)
         tools = SessionTools(client.finder, client.opener, client.rng)
         session = Session(tools, SessionSpec(BLOCKS, WIDTH, terms, Patience()))
         await client.tasks.start(session.run)
