@@ -6,9 +6,10 @@ block, at each). Half of the texts make the
 limits, as `peerd calibrate` does; the other half are the answers.
 
 An answer is simulated as a block bootstrap: windows of 8 neighbouring positions from random places of random texts, 16
-to 64 positions together. So a hundred thousand simulated answers say how often chance puts bad windows together, and
-little about texts and models that were not computed: of those there are as many as --rows. Everything that is random
-follows from --seed.
+to 64 positions together. Checks of single hops compare sketches of what a hop sent and of what another server made of
+the same input, under random seeds. So a hundred thousand simulated answers say how often chance puts bad windows
+together, and little about texts and models that were not computed: of those there are as many as --rows. Everything
+that is random follows from --seed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -28,6 +30,7 @@ from peerd.cli.calibrate import LENGTH, ROWS, embedded, thirds
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.audits.calibrate import BATCH, CLASSES, Measured, decode, measure, prefill, thresholds
 from peerd.compute.audits.distance import FIRST_POSITION, QUANTILE, distance
+from peerd.compute.audits.sketches import SLACK, Sketcher
 from peerd.compute.audits.thresholds import Numerics, Thresholds
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
@@ -35,6 +38,7 @@ from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.kv.layout import PAGE_TOKENS
 from peerd.compute.model.span_model import SpanModel, load_span
+from peerd.protocol.messages.audits import SEED_BYTES, SKETCH_SIZE
 from peerd.protocol.span import Span
 
 WINDOW = 8
@@ -43,6 +47,8 @@ PROBABILITY = 1 / 64
 BF16, NF4, INT8 = (Numerics("bfloat16", quantization) for quantization in ("none", "nf4", "int8"))
 FULL = Numerics("float32", "none")
 MIXES = 3
+# Under so many seeds each pair of results is sketched.
+SEEDS = 8
 
 
 @dataclass(frozen=True)
@@ -241,6 +247,101 @@ def liars(world: World, random: Random, draws: int = 2000) -> Iterator[str]:
         yield f"| {lie.name} | {' | '.join(cells)} |"
 
 
+def sketched(inputs: torch.Tensor, one: torch.Tensor, other: torch.Tensor, random: Random) -> list[torch.Tensor]:
+    """As `relative`, of sketches of all three, under several seeds."""
+    found = []
+    for _ in range(SEEDS):
+        sketch = Sketcher((random.randbytes(SEED_BYTES),), inputs.shape[-1]).sketch
+        states = (torch.stack([sketch(row) for row in states]) for states in (inputs, one, other))
+        found.append(relative(*states))
+    return found
+
+
+def hop_liars(world: World, random: Random, draws: int = 2000) -> Iterator[str]:
+    """As `liars`, where the hop is checked by itself: what it sent is compared by sketches with what another server
+    makes of what it was sent.
+    """
+    first, held = halves(world.found)
+    table = thresholds(first, {})
+    found = world.found
+    checks = (BF16, FULL, INT8, NF4)
+    yield f"| lie | {' | '.join(f'hop checked by {each}' for each in checks)} |"
+    yield f"|---|{'---|' * len(checks)}"
+    for lie in LIES:
+        cells = []
+        for checker in checks:
+            shares = []
+            limit = SLACK * part_limit(table, lie.announced, checker)
+            for hop in lie.hops:
+                _, alone = world.lies[lie.name, hop]
+                states = found.part_inputs[hop][held], alone[held], found.part[checker][hop][held]
+                errors = sketched(*states, random)
+                seen = sum(simulated(random.choice(errors), random) > limit for _ in range(draws)) / draws
+                shares.append(seen)
+            cells.append(" / ".join(sessions(share) for share in shares))
+        yield f"| {lie.name} | {' | '.join(cells)} |"
+
+
+def part_limit(table: Thresholds, one: Numerics, other: Numerics) -> float:
+    """The limit for two servers of the same blocks."""
+    limit = table.limit([(one, other)], is_whole=False)
+    assert limit is not None
+    return limit
+
+
+def hop_alarms(world: World, audits: int, random: Random) -> Iterator[str]:
+    """Simulate checks of honest hops by honest servers: at the first hop also of what was decoded over a cache."""
+    first, held = halves(world.found)
+    table = thresholds(first, {})
+    found = world.found
+    pairs = []
+    for one, other in product(CLASSES, CLASSES):
+        limit = SLACK * part_limit(table, one, other)
+        other_states = found.part[other]
+        given = [found.whole[one, True][0], *(found.part[one][hop] for hop in range(1, len(other_states)))]
+        for hop, left in enumerate(given):
+            if hop and one == other:
+                continue
+            states = found.part_inputs[hop][held], left[held], other_states[hop][held]
+            pairs.append((sketched(*states, random), limit))
+    ratios = []
+    for _ in range(audits):
+        errors, limit = random.choice(pairs)
+        ratios.append(simulated(random.choice(errors), random) / limit)
+    ratio = torch.tensor(ratios)
+    yield (
+        f"{audits} simulated checks of single hops, {len(pairs)} pairs, {SEEDS} seeds each: {int((ratio > 1).sum())}"
+        f" false alarms. The distance as a part of its limit: median {float(ratio.median()):.2f}, 99.99 %"
+        f" {float(ratio.quantile(0.9999)):.2f}, most {float(ratio.max()):.2f}."
+    )
+
+
+def hop_cost(checkpoint: Checkpoint) -> Iterator[str]:
+    """What sketches and the check of a hop cost."""
+    inputs, _ = embedded(checkpoint, [TEXT], 1, LENGTH)
+    hidden, width = inputs[0], inputs.shape[2]
+    sketcher = Sketcher((bytes(SEED_BYTES),), width)
+    began = time.perf_counter()
+    for _ in range(1000):
+        sketcher.sketch(hidden[:1])
+    one = (time.perf_counter() - began) / 1000
+    began = time.perf_counter()
+    for _ in range(100):
+        sketcher.sketch(hidden)
+    many = (time.perf_counter() - began) / 100
+    yield (
+        f"A sketch takes {one * 1e6:.0f} us for a token and {many * 1e6:.0f} us for {LENGTH} positions, and sends"
+        f" {SKETCH_SIZE * 4} bytes a position to the client, {LENGTH * SKETCH_SIZE * 4 / 1024:.0f} KiB a hop for"
+        f" {LENGTH} positions."
+    )
+    copied = LENGTH * width * checkpoint.dtype.itemsize
+    yield (
+        f"The check of a hop is a prefill of its blocks, {copied / 1024:.0f} KiB between two servers, and"
+        f" {LENGTH * SKETCH_SIZE * 3 * 4 / 1024:.0f} KiB of sketches to the client. With p = 1/64 for each hop it adds"
+        f" {1 / 64:.1%} of the positions. A difference costs two more."
+    )
+
+
 def is_convicted(
     found: Measured, table: Thresholds, lie: Lie, hop: int, checker: Numerics, alone: torch.Tensor, held: slice
 ) -> float:
@@ -314,7 +415,15 @@ def main() -> None:
             world = compute(checkpoint, options.rows, LENGTH, random, say)
         if options.keep is not None:
             torch.save(world, options.keep)
-        for part in (liars(world, random), false_alarms(world, options.audits, random), cost(checkpoint)):
+        parts = (
+            liars(world, random),
+            hop_liars(world, random),
+            false_alarms(world, options.audits, random),
+            hop_alarms(world, options.audits, random),
+            cost(checkpoint),
+            hop_cost(checkpoint),
+        )
+        for part in parts:
             print()
             for line in part:
                 print(line, flush=True)
