@@ -30,7 +30,7 @@ from peerd.cli.calibrate import LENGTH, ROWS, embedded, thirds
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.audits.calibrate import BATCH, CLASSES, Measured, decode, measure, prefill, thresholds
 from peerd.compute.audits.distance import FIRST_POSITION, QUANTILE, distance
-from peerd.compute.audits.sketches import SLACK, Sketcher
+from peerd.compute.audits.sketches import Sketcher, sketched_limit
 from peerd.compute.audits.thresholds import Numerics, Thresholds
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
@@ -271,7 +271,7 @@ def hop_liars(world: World, random: Random, draws: int = 2000) -> Iterator[str]:
         cells = []
         for checker in checks:
             shares = []
-            limit = SLACK * part_limit(table, lie.announced, checker)
+            limit = sketched_limit(part_limit(table, lie.announced, checker))
             for hop in lie.hops:
                 _, alone = world.lies[lie.name, hop]
                 states = found.part_inputs[hop][held], alone[held], found.part[checker][hop][held]
@@ -296,7 +296,7 @@ def hop_alarms(world: World, audits: int, random: Random) -> Iterator[str]:
     found = world.found
     pairs = []
     for one, other in product(CLASSES, CLASSES):
-        limit = SLACK * part_limit(table, one, other)
+        limit = sketched_limit(part_limit(table, one, other))
         other_states = found.part[other]
         given = [found.whole[one, True][0], *(found.part[one][hop] for hop in range(1, len(other_states)))]
         for hop, left in enumerate(given):

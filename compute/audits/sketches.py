@@ -21,6 +21,9 @@ _ROUNDING = 1e-3
 # By how much a distance of sketches may exceed that of what they were made from: they have 16 numbers a position, whose
 # lengths vary by a sixth, and a distance is a quotient of two lengths.
 SLACK = 1.5
+# What has nothing to do with what a hop should have sent is at a distance of 1 or more: a limit beyond that, as two
+# servers of coarse numerics have it, would let everything pass.
+_UNRELATED = 0.9
 
 
 class Sketcher:
@@ -45,6 +48,11 @@ def signs(seed: bytes, width: int) -> torch.Tensor:
     """
     bits = np.unpackbits(np.frombuffer(shake_256(seed).digest(width * SKETCH_SIZE // 8), np.uint8), bitorder="little")
     return torch.from_numpy(bits.astype(np.int8) * 2 - 1).view(width, SKETCH_SIZE)
+
+
+def sketched_limit(limit: float) -> float:
+    """How far apart the sketches of two honest results may be that are themselves at most `limit` apart."""
+    return min(SLACK * limit, _UNRELATED)
 
 
 def are_same(one: torch.Tensor, other: torch.Tensor) -> bool:

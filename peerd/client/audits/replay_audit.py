@@ -20,7 +20,7 @@ from peerd.client.audits.replays import Boundaries, Replays
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.compute.audits.distance import FIRST_POSITION, MIN_POSITIONS, distance
-from peerd.compute.audits.sketches import SLACK, are_same
+from peerd.compute.audits.sketches import are_same, sketched_limit
 from peerd.protocol.identity import PeerId
 from peerd.routing.audits.verdict import Verdict, judge
 from peerd.routing.chains.chain import Hop
@@ -139,7 +139,7 @@ class ReplayAudit:
     def _limit(self, one: Hop, other: Hop) -> float | None:
         is_whole = one.span == self._case.session.spec.blocks
         limit = self._tools.thresholds.limit(pairs_of((one,), (other,)), is_whole=is_whole, blocks=len(one.span))
-        return None if limit is None else SLACK * limit
+        return None if limit is None else sketched_limit(limit)
 
     def _limit_of(self, one: Hop, other: Hop) -> float:
         """As `_limit`; without a limit nothing is too far apart."""

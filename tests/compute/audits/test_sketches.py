@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peerd.compute.audits.distance import distance
-from peerd.compute.audits.sketches import SLACK, Sketcher, are_same, signs
+from peerd.compute.audits.sketches import SLACK, Sketcher, are_same, signs, sketched_limit
 from peerd.protocol.messages.audits import SKETCH_SIZE
 
 WIDTH = 256
@@ -58,3 +58,12 @@ def test_sketches_of_the_same_values_are_the_same_however_they_were_added_up(sta
 def test_values_so_large_that_their_sums_overflow_give_finite_sketches():
     sketched = Sketcher((SEED,), WIDTH).sketch(torch.full((2, WIDTH), 3e38))
     assert sketched.isfinite().all()
+
+
+def test_no_limit_lets_a_result_pass_that_has_nothing_to_do_with_the_right_one(states):
+    inputs, outputs = states
+    unrelated = inputs + torch.randn(inputs.shape, generator=torch.Generator().manual_seed(5))
+    sketch = Sketcher((SEED,), WIDTH).sketch
+    for wrong in (inputs, unrelated):
+        assert distance(sketch(inputs), sketch(wrong), sketch(outputs)) > sketched_limit(5.0)
+    assert sketched_limit(0.1) == pytest.approx(0.1 * SLACK)
