@@ -105,7 +105,7 @@ class Auditor:
         if self._rng.random() < self.probability:
             self.counts["chosen"] += 1
             # Chance also decides which of several answers to one prompt.
-            transcript = Transcript(self._rng.randrange(terms.size.max_rows), session.log.sent, MAX_BYTES)
+            transcript = Transcript(session.log.sent, MAX_BYTES, self._rng)
 
         def ended() -> None:
             self._sessions.discard(session)
@@ -131,7 +131,7 @@ class Auditor:
         chance = self._rng.random()
         if not terms.are_sketched or hop_to_check(chance, self.probability, MAX_HOPS) is None:
             return None
-        case = OpenCase(session, terms, Transcript(0, session.log.sent, MAX_BYTES), self._width)
+        case = OpenCase(session, terms, Transcript(session.log.sent, MAX_BYTES), self._width)
         wanted: int | None = positions_before(self._rng)
 
         def note(step: Step, result: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 
@@ -40,13 +41,16 @@ class RowText:
 
 
 class Transcript:
-    """The results of a session's rows, of which `row` will be audited. `sent` says what was sent of a row.
+    """The results of a session's rows, of which one will be audited. `sent` says what was sent of a row.
 
+    rng: draws the row from those that there are; None takes row 0.
     max_bytes: of a row that takes more, the inputs are not copied: those of a long text would take gigabytes.
     """
 
-    def __init__(self, row: int, sent: Sent, max_bytes: int) -> None:
-        self._row = row
+    def __init__(self, sent: Sent, max_bytes: int, rng: Random | None = None) -> None:
+        self._row = 0
+        self._rng = rng
+        self._seen: set[int] = set()
         self._sent = sent
         self._max_bytes = max_bytes
         self._rows: dict[int, dict[int, torch.Tensor]] = {}
@@ -71,17 +75,27 @@ class Transcript:
         """
         for op in step.ops:
             if isinstance(op, Fork):
+                self._draw(op.target)
                 source = self._rows.get(op.source, {})
                 self._rows[op.target] = {at: kept for at, kept in source.items() if at < op.length}
             else:
                 self._end(op.row)
         for piece in step.rows:
+            self._draw(piece.row)
             row = self._rows.get(piece.row, {})
             self._rows[piece.row] = {at: kept for at, kept in row.items() if at < piece.start}
         offset = 0
         for piece in wanted_rows(step):
             self._keep(piece, result[offset : offset + piece.count])
             offset += piece.count
+
+    def _draw(self, row: int) -> None:
+        """Let chance choose between a row that is new and that which was chosen: in the end each was as likely."""
+        if row in self._seen:
+            return
+        self._seen.add(row)
+        if self._rng is not None and self._rng.randrange(len(self._seen)) == 0:
+            self._row, self._ended = row, None
 
     def _keep(self, piece: RowSlice, result: torch.Tensor) -> None:
         row = self._rows[piece.row]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from random import Random
+
 import torch
 
 from peerd.client.audits.transcript import MAX_RESULTS, MAX_RESULTS_OF_ALL, RowText, Transcript
@@ -22,7 +25,9 @@ def sent(row: int, end: int) -> torch.Tensor:
 
 
 def of(row: int) -> Transcript:
-    return Transcript(row, sent, max_bytes=10**6)
+    transcript = Transcript(sent, max_bytes=10**6)
+    transcript._row = row
+    return transcript
 
 
 def found(transcript: Transcript) -> RowText:
@@ -104,7 +109,20 @@ def test_what_was_sent_of_a_row_that_is_too_long_is_not_copied() -> None:
 
     # A position takes 4 bytes of inputs, and one of results.
     for max_bytes, length in ((44, 10), (43, 0)):
-        transcript = Transcript(0, note_copy, max_bytes)
+        transcript = Transcript(note_copy, max_bytes)
         transcript.note(step((0, 0, 10)), values(9))
         assert len(found(transcript).inputs) == length
         assert copied.pop() == length
+
+
+def test_chance_draws_among_the_rows_that_there_are() -> None:
+    rng = Random(1)
+    drawn: Counter[int] = Counter()
+    for _ in range(3000):
+        transcript = Transcript(sent, 10**6, rng)
+        transcript.note(step((0, 0, 5)), values(4))
+        transcript.note(step((0, 5, 1), (1, 5, 1), (2, 5, 1), ops=(Fork(0, 1, 5), Fork(0, 2, 5))), values(5, 50, 500))
+        transcript.note(step((1, 6, 1), ops=(Drop(0), Drop(2))), values(60))
+        drawn[int(found(transcript).inputs[0, 0])] += 1
+    assert set(drawn) == {0, 1, 2}
+    assert all(900 < count < 1100 for count in drawn.values())
