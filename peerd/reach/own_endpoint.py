@@ -2,7 +2,8 @@
 
 A NAT may give one port inside the same port outside for all destinations, which then all see it there; or a new one for
 each destination (a "symmetric" NAT, address-dependent mapping in RFC 4787), which no peer can tell another. Two
-witnesses at different addresses show which it is. The result is remembered, since a NAT does not change.
+witnesses at different addresses show which it is. One of them may lie, so a NAT is called symmetric only if a third, in
+another network, sees it at yet another place. The result is remembered, since a NAT does not change.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from peerd.protocol.errors import ConnectFailed, PeerFault, UnsupportedFeature
 # How long it is remembered whether the NAT behind an address is symmetric: a network may get another router.
 REMEMBERED_S = 3600.0
 MAX_REMEMBERED = 16
+# How many witnesses beside the relay say that a NAT is symmetric: one alone may lie.
+WITNESSES = 2
 
 
 class _Sight:
@@ -66,14 +69,30 @@ class OwnEndpoint:
             raise UnsupportedFeature("our NAT gives each destination another port")
         async with AsyncExitStack() as stack:
             at = await stack.enter_async_context(self._shared(self._address_of(relay)))
-            assert at.ip is not None
-            if self._is_symmetric(at.ip) is None and (other := self._other_witness(relay)) is not None:
+            outside = at.ip
+            assert outside is not None
+            if self._is_symmetric(outside) is None:
                 with suppress(PeerFault):
-                    second = await stack.enter_async_context(self._shared(other))
-                    self._note(at.ip, symmetric=second != at)
-            if self._is_symmetric(at.ip):
+                    at = await self._compare(stack, relay, at)
+            if self._is_symmetric(outside):
                 raise UnsupportedFeature("our NAT gives each destination another port")
             yield at
+
+    async def _compare(self, stack: AsyncExitStack, relay: PeerConnection, at: Multiaddr) -> Multiaddr:
+        """Where our port is seen, which a relay says is `at`: ask others, and note what follows if two agree or all
+        differ. Raises a PeerFault if a witness cannot be asked.
+        """
+        assert at.ip is not None
+        seen = [at]
+        for witness in self._other_witnesses(relay)[:WITNESSES]:
+            also = await stack.enter_async_context(self._shared(witness))
+            if also in seen:
+                self._note(at.ip, symmetric=False)
+                return also
+            seen.append(also)
+        if len(seen) == 1 + WITNESSES:
+            self._note(at.ip, symmetric=True)
+        return at
 
     @asynccontextmanager
     async def _shared(self, address: Multiaddr) -> AsyncIterator[Multiaddr]:
@@ -128,17 +147,17 @@ class OwnEndpoint:
                 return address.with_peer(peer.peer_id)
         raise ConnectFailed(f"there is no plain address of the relay {peer.peer_id} at which it could see our port")
 
-    def _other_witness(self, relay: PeerConnection) -> Multiaddr | None:
-        """Another peer that we dialled, elsewhere on the same side of our NAT as the relay; None without one."""
+    def _other_witnesses(self, relay: PeerConnection) -> list[Multiaddr]:
+        """Other peers that we dialled, on the same side of our NAT as the relay, each in another network."""
+        found: dict[str, Multiaddr] = {}
         for peer in self._connections.live.values():
-            is_elsewhere = peer.remote_ip is not None and peer.remote_ip != relay.remote_ip
-            if not is_elsewhere or not peer.dialled or peer.punched or not self._is_alike(peer, relay):
+            if peer.remote_ip is None or not peer.dialled or peer.punched or not self._is_alike(peer, relay):
                 continue
-            try:
-                return self._address_of(peer)
-            except ConnectFailed:
-                continue
-        return None
+            place = _place_of(peer)
+            if place != _place_of(relay) and place not in found:
+                with suppress(ConnectFailed):
+                    found[place] = self._address_of(peer)
+        return list(found.values())
 
     @staticmethod
     def _is_alike(one: PeerConnection, other: PeerConnection) -> bool:
@@ -147,3 +166,8 @@ class OwnEndpoint:
         assert first is not None
         assert second is not None
         return first.version == second.version and (public_network(first) is None) == (public_network(second) is None)
+
+
+def _place_of(peer: PeerConnection) -> str:
+    """A peer's public network, or its address in a private one."""
+    return public_network(peer.remote_ip) or str(peer.remote_ip)

@@ -1,6 +1,7 @@
 """Two peers behind NATs become directly connected, in a network in memory with NATs of several kinds."""
 
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -52,6 +53,7 @@ async def natted(caller="port_preserving", reserved="port_preserving", *, relays
         here = await world.start(CALLER)
         for relay in range(1, relays + 1):
             await here.connect(id_of(relay), [address(relay)])
+            await there.connect(id_of(relay), [address(relay)])
         if punches:
             for connections in (here, there):
                 await start_puncher(world, connections)
@@ -90,7 +92,7 @@ async def test_peers_behind_nats_that_map_each_port_once_meet_directly(caller, r
     ("caller", "reserved"), [("symmetric", "port_preserving"), ("port_preserving", "symmetric"), ("symmetric",) * 2]
 )
 async def test_a_symmetric_nat_is_recognised_and_the_peers_stay_with_the_relay(caller, reserved):
-    async with natted(caller, reserved) as (world, here, there):
+    async with natted(caller, reserved, relays=3) as (world, here, there):
         connection = await call(world, here)
         await trio.sleep(5)
         assert connection.lost is None
@@ -104,6 +106,28 @@ async def test_a_symmetric_nat_is_recognised_and_the_peers_stay_with_the_relay(c
         await call(world, here)
         await trio.sleep(5)
         assert len(world.network.dialled) == before
+
+
+@pytest.mark.parametrize("liar", [1, 2, 3])
+async def test_one_witness_that_lies_makes_no_nat_symmetric_even_if_it_is_the_relay(liar):
+    async with natted(relays=3) as (world, here, there):
+        for connections in (here, there):
+            lie_about(connections, address(liar))
+        await call(world, here)
+        await until_direct(here, there)
+
+
+def lie_about(connections, witness):
+    """The peer at this address says that it sees us at another port."""
+    meetings = connections.meetings
+    seen_by = meetings.seen_by
+
+    @asynccontextmanager
+    async def lied(at):
+        async with seen_by(at) as seen:
+            yield replace(seen, port=seen.port ^ 1) if at.ip == witness.ip else seen
+
+    meetings.seen_by = lied
 
 
 async def test_without_a_second_witness_two_peers_try_and_know_within_five_seconds_that_they_stay_with_the_relay():
