@@ -12,7 +12,7 @@ import hmac
 import logging
 from base64 import urlsafe_b64encode
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
@@ -40,6 +40,9 @@ RETRY_S = 60.0
 # Anybody in the network can announce any number.
 MAX_NEIGHBOURS = 64
 MAX_HOSTS = 8
+# To find out who a neighbour is, and to ask it. Neighbours are near; several of them are met at a time.
+MEET_S = 10.0
+MEETINGS_AT_ONCE = 8
 # Between two announcements of changed addresses, which may change several times at the start.
 _SETTLE_S = 1.0
 
@@ -91,6 +94,7 @@ class Neighbourhood:
         self._multicast = multicast
         self._neighbours = neighbours
         self._tried: dict[str, float] = {}
+        self._places = trio.Semaphore(MEETINGS_AT_ONCE)
 
     def sighting(self, where: Whereabouts) -> Sighting | None:
         """What to announce while others reach us there; None if nobody in the network could."""
@@ -123,9 +127,19 @@ class Neighbourhood:
 
     async def meet(self) -> None:
         """Get to know the peers of our swarm that announce themselves, until cancelled."""
-        async for sighting in self._multicast.sightings:
-            # Only those that could be ours are remembered: many peers of other swarms may be in the same network.
-            if self._is_of_ours(sighting) and self._is_new(sighting):
+        contained = self._connections.containment.contained
+        async with trio.open_nursery() as nursery:
+            async for sighting in self._multicast.sightings:
+                # Only those that could be ours are remembered: many peers of other swarms may be in the same network.
+                if self._is_of_ours(sighting) and self._is_new(sighting):
+                    nursery.start_soon(partial(contained, self._meet_in_turn, sighting, what="meeting a neighbour"))
+
+    async def _meet_in_turn(self, sighting: Sighting) -> None:
+        """As `_meet`, a few at a time, and not for long: anybody in the network can announce places where nobody
+        answers.
+        """
+        async with self._places:
+            with trio.move_on_after(MEET_S):
                 await self._meet(sighting)
 
     def _is_new(self, sighting: Sighting) -> bool:
@@ -160,14 +174,20 @@ class Neighbourhood:
         if known:
             return
         # Only then may we dial what the DHT says of this network, and this peer itself.
-        before = len(self._neighbours)
-        self._neighbours += addresses
-        if await self._discovery.meet(Contact(peer_id, addresses)):
+        new = [address for address in addresses if address not in self._neighbours]
+        self._neighbours += new
+        is_there = False
+        try:
+            is_there = await self._discovery.meet(Contact(peer_id, addresses))
+        finally:
+            if not is_there:
+                # Nobody has proved that the swarm is in this network.
+                for address in new:
+                    with suppress(ValueError):
+                        self._neighbours.remove(address)
+        if is_there:
             log.info("found %s in this network", peer_id)
             del self._neighbours[:-MAX_NEIGHBOURS]
-        else:
-            # Nobody has proved that the swarm is in this network.
-            del self._neighbours[before:]
 
     async def _who_is(self, sighting: Sighting, addresses: Sequence[Multiaddr]) -> PeerId:
         """The PeerId; in a private swarm only the handshake tells it. Raises PeerFault, InvalidRequest, ValueError."""

@@ -254,6 +254,19 @@ async def test_peers_of_other_swarms_take_no_places_of_our_own() -> None:
         assert knows(one, other)
 
 
+async def test_places_where_nobody_answers_hold_no_member_up() -> None:
+    async with world() as around:
+        one = await around.peer(A, key=KEY)
+        around.network.partition(A, "192.168.1.9")
+        for number in range(6):
+            words = {"v": "1", "tag": tag_of(KEY, f"{number}")}
+            around.lan.tell(Sighting(f"{number}", ("192.168.1.9",), 9, words))
+        other = await around.peer(B, key=KEY, meets=False)
+        around.lan.tell(Sighting("ours", (B,), 4000, {"v": "1", "tag": tag_of(KEY, "ours")}))
+        await trio.sleep(5)
+        assert knows(one, other)
+
+
 def test_addresses_are_read_strictly() -> None:
     mixed = Sighting("x", ("192.168.1.2", "192.168.1.2", "fe80::1", "::1", "1.2.3"), 4000)
     assert [str(address) for address in addresses_of(mixed)] == [
