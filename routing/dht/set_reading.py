@@ -110,7 +110,7 @@ class SetReader(Generic[R]):
             await self._fetch_missing(nursery, target, asked, once=True)
             await self._fetch_missing(nursery, target, asked, once=False)
             nursery.cancel_scope.cancel()
-        self.unsent = {node.id for node, reply in replies if not self._known.issuperset(reply.digests)}
+        self.unsent = {node.id for node, reply in self._answers if not self._known.issuperset(reply.digests)}
         return self._data
 
     async def _fetch_missing(self, nursery: trio.Nursery, target: Node, asked: set[bytes], *, once: bool) -> None:
@@ -126,12 +126,27 @@ class SetReader(Generic[R]):
                 await self._heard.park()
 
     async def _fetch(self, node: PeerNode, target: Node, digests: Sequence[bytes]) -> None:
-        reply = await self._protocol.call_find_value(node, target, self._salt, digests)
+        wanted = digests
+        reply = await self._take(node, target, wanted)
+        if reply is not None and not self._known.issuperset(wanted):
+            # Records are renewed all the time: what it said that it has may have been replaced by a newer one since.
+            anew = await self._take(node, target)
+            if anew is not None:
+                self._answers = [(one, anew if one.id == node.id else said) for one, said in self._answers]
+                self._claimed = {digest for _, said in self._answers for digest in said.digests}
+                wanted = [digest for digest in anew.digests if digest not in self._known]
+                if wanted:
+                    await self._take(node, target, wanted)
+        self._waiting.discard(node.id)
+        self._heard.unpark_all()
+
+    async def _take(self, node: PeerNode, target: Node, only: Sequence[bytes] = ()) -> R | None:
+        """Ask a peer, and keep the records that it sends."""
+        reply = await self._protocol.call_find_value(node, target, self._salt, only)
         if reply is not None:
             self._data.update(reply.records)
             self._known.update(digests_of(self._salt, reply.records))
-        self._waiting.discard(node.id)
-        self._heard.unpark_all()
+        return reply
 
 
 def _shares(

@@ -13,7 +13,9 @@ from peerd.protocol.records.envelope import ServerRecord, sign_record
 from peerd.protocol.records.keys import server_key
 from peerd.routing.dht.messages import DIGEST_BYTES, SALT_BYTES, WHOLE_SET_BYTES, FindValue, Found, Packet
 from peerd.routing.dht.record_sets import servers_of
-from peerd.routing.dht.set_reading import digest_of, digests_of
+from peerd.routing.dht.rpc import FindReply
+from peerd.routing.dht.set_reading import SetReader, digest_of, digests_of
+from peerd.routing.dht.table import Contact, PeerNode
 
 MakeServer = Callable[..., ServerRecord]
 # Fixtures come from conftest.py, whose classes a test module cannot import.
@@ -169,3 +171,33 @@ async def test_one_that_names_what_it_has_and_is_silent_then_holds_nobody_up(big
     assert {one.signed.encode() for one in found} == set(records)
     assert silent
     assert trio.current_time() - started < 1.5
+
+
+class Renewing:
+    """A holder whose records are renewed between its digests and the question for single ones."""
+
+    def __init__(self, records: list[bytes], newer: list[bytes]) -> None:
+        self.records, self.newer = records, newer
+
+    async def call_find_value(self, node, target, salt=b"", only=()):
+        await trio.lowlevel.checkpoint()
+        if only:
+            self.records = self.newer
+            return Found(), tuple(record for record in self.records if digest_of(salt, record) in only)
+        return Found(digests=digests_of(salt, self.records)), ()
+
+
+async def test_a_holder_whose_records_are_renewed_meanwhile_counts_as_one_that_answered():
+    node = PeerNode(Contact(Identity.from_seed(bytes(32)).peer_id, ()))
+    holder = Renewing([b"old", b"same"], [b"new", b"same"])
+
+    class Protocol:
+        async def call_find_value(self, *arguments):
+            found, records = await holder.call_find_value(*arguments)
+            return FindReply([], records, False, found.digests)
+
+    reader = SetReader(Protocol(), SALT)
+    reader._is_asked_for_all = True
+    await reader.ask(node, node)
+    assert await reader.complete(node, ()) == {b"new", b"same"}
+    assert reader.unsent == set()
