@@ -63,6 +63,11 @@ class StreamTransport:
         network = network_of(connection.accountable_ip) if connection is not None else ""
         return Sighting(sightings.addresses_of(peer_id), network or sightings.network_of(peer_id))
 
+    def is_near(self, peer_id: PeerId) -> bool:
+        """Whether we see the peer at no public address."""
+        connection = self._connections.live.get(peer_id)
+        return connection is None or not network_of(connection.accountable_ip)
+
     async def find(self, contact: Contact) -> None:
         """Look for the peer at those of its addresses at which it was not found yet."""
         connections = self._connections

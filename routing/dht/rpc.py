@@ -61,6 +61,11 @@ class DhtTransport(Protocol):
         raises.
         """
 
+    def is_near(self, peer_id: PeerId) -> bool:
+        """Whether the peer is in a network like ours, so that it may name addresses there; False for one on the public
+        internet, which would aim us at ourselves.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
@@ -111,13 +116,22 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
 
     async def call_find_node(self, node_to_ask: PeerNode, node_to_find: Node) -> FindReply | None:
         question = FindNode(node_to_find.id, self.addresses)
-        return _find_reply(await self._ask(node_to_ask, question, Found))
+        return self._find_reply(node_to_ask, await self._ask(node_to_ask, question, Found))
 
     async def call_find_value(
         self, node_to_ask: PeerNode, node_to_find: Node, salt: bytes = b"", only: Sequence[bytes] = ()
     ) -> FindReply | None:
         question = FindValue(node_to_find.id, self.addresses, salt, tuple(only))
-        return _find_reply(await self._ask(node_to_ask, question, Found))
+        return self._find_reply(node_to_ask, await self._ask(node_to_ask, question, Found))
+
+    def _find_reply(self, asked: PeerNode, answer: tuple[Found, tuple[bytes, ...]] | None) -> FindReply | None:
+        if answer is None:
+            return None
+        found, records = answer
+        nodes = list(found.nodes)
+        if not self._transport.is_near(asked.contact.peer_id):
+            nodes = [_without_private(node) for node in nodes]
+        return FindReply(nodes, records, found.split, found.digests)
 
     async def call_store(self, node_to_ask: PeerNode, key: bytes, records: Sequence[bytes]) -> tuple[Outcome, ...]:
         """The outcome of each record; () if the peer did not give one for each."""
@@ -235,8 +249,8 @@ def nameable(addresses: tuple[Multiaddr, ...], source: IPv4Address | IPv6Address
     return addresses if public_network(source) is None else tuple(one for one in addresses if not one.is_private)
 
 
-def _find_reply(answer: tuple[Found, tuple[bytes, ...]] | None) -> FindReply | None:
-    if answer is None:
-        return None
-    found, records = answer
-    return FindReply(list(found.nodes), records, found.split, found.digests)
+def _without_private(node: PeerNode) -> PeerNode:
+    contact = node.contact
+    if not any(address.is_private for address in contact.addresses):
+        return node
+    return PeerNode(Contact(contact.peer_id, tuple(one for one in contact.addresses if not one.is_private)))

@@ -60,6 +60,7 @@ class Network:
     requests: list[tuple[PeerId, PeerId, str]] = field(default_factory=list)
     # The public networks that peers are seen in, where not private; and who was not found by whom yet.
     networks: dict[PeerId, str] = field(default_factory=dict)
+    on_the_internet: set[PeerId] = field(default_factory=set)
     unseen: set[tuple[PeerId, PeerId]] = field(default_factory=set)
     looked_for: list[tuple[PeerId, Contact]] = field(default_factory=list)
     # Peers that only reach each other.
@@ -111,6 +112,9 @@ class _Transport:
         if peer is None or (self.own, peer_id) in self.network.unseen:
             return Sighting()
         return Sighting(frozenset(peer.addresses), self.network.networks.get(peer_id, ""))
+
+    def is_near(self, peer_id: PeerId) -> bool:
+        return peer_id not in self.network.on_the_internet
 
     async def find(self, contact: Contact) -> None:
         self.network.looked_for.append((self.own, contact))

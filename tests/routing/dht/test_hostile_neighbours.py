@@ -197,6 +197,17 @@ async def test_a_view_is_still_partial_where_those_whom_we_knew_are_silent(netwo
         await peers[5].dht.get(servers_of(MODEL, 0), whole=True)
 
 
+async def test_one_on_the_internet_names_nobody_in_our_networks(network: Network) -> None:
+    peers = await network.add_joined(5)
+    liar, reader, victim = peers[0], peers[4], network.add()
+    network.liars[liar.peer_id] = lambda packet: Packet(Found((PeerNode(victim.contact),)).to_header())
+    protocol = reader.dht._protocol
+    for is_public in (False, True):
+        network.on_the_internet = {liar.peer_id} if is_public else set()
+        reply = await protocol.call_find_node(PeerNode(liar.contact), PeerNode(victim.contact))
+        assert [node.contact.addresses for node in reply.nodes] == [() if is_public else victim.addresses]
+
+
 # Split swarms.
 
 
