@@ -1,7 +1,7 @@
 """Signs receipts for the hops of a session that ask for them: now and then, and when the session ends.
 
 Only answered steps are acknowledged, so what a hop computes again after a failover, or for steps that were given up, is
-not. A hop that was dropped because it failed gets no last receipt.
+not. A hop that was dropped because it failed gets no last receipt; one that was overtaken without blame does.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ class Acknowledging:
     def close(self, chain: LiveChain) -> None:
         """End the session on every hop, with a last receipt where one is due."""
         for control in chain.controls:
-            if control.opened.receipt_every and control.served > control.acknowledged and control.is_idle:
-                control.close_after(self._receipt(chain, control))
-        chain.close()
+            self.leave(chain, control)
+
+    def leave(self, chain: LiveChain, control: ControlStream) -> None:
+        """End the session on one hop, with a last receipt if one is due."""
+        if control.opened.receipt_every and control.served > control.acknowledged and control.is_idle:
+            control.close_after(self._receipt(chain, control))
+        control.close()
 
     def _receipt(self, chain: LiveChain, control: ControlStream) -> Acknowledge:
         span = control.hop.span

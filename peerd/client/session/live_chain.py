@@ -6,7 +6,7 @@ merged into one, and new hops may fill only a part of a hole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from peerd.client.finding.served_by import ServedBy
@@ -134,8 +134,13 @@ class LiveChain:
                 parts.append(now)
         self._parts = parts
 
-    def put(self, span: Span, controls: Sequence[ControlStream]) -> bool:
-        """Put hops over `span`, in place of a hole, of a part of one, or of hops, which are then closed.
+    def put(
+        self,
+        span: Span,
+        controls: Sequence[ControlStream],
+        close: Callable[[ControlStream], None] = ControlStream.close,
+    ) -> bool:
+        """Put hops over `span`, in place of a hole, of a part of one, or of hops, on which `close` is then called.
 
         Returns False and changes nothing if other hops were put there meanwhile.
         """
@@ -158,7 +163,7 @@ class LiveChain:
                 parts.append(Span(span.end, own.end))
         self._parts = parts
         for control in replaced:
-            control.close()
+            close(control)
             self._routes.pop(control, None)
         return True
 

@@ -30,6 +30,7 @@ class Repairs:
     """Repairs the chain of `progress`.
 
     read: reads a new hop's messages until its stream ends; runs in `nursery`. report: takes what goes wrong meanwhile.
+    leave: ends the session on a hop that is replaced without blame.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Repairs:
         nursery: trio.Nursery,
         read: Callable[[ControlStream], Awaitable[None]],
         report: Callable[[News], None],
+        leave: Callable[[ControlStream], None],
     ) -> None:
         self._progress = progress
         self._log = log
@@ -51,6 +53,7 @@ class Repairs:
         self._nursery = nursery
         self._read = read
         self._report = report
+        self._leave = leave
 
     def __repr__(self) -> str:
         return f"<Repairs of {self._progress.chain}>"
@@ -113,7 +116,7 @@ class Repairs:
         if controls is None:
             return False
         is_wanted = chain is progress.chain and still_stands(why, chain, progress.oldest_seq)
-        if not is_wanted or not chain.put(span, controls):
+        if not is_wanted or not chain.put(span, controls, self._leave):
             for other in controls:
                 other.close()
             return False

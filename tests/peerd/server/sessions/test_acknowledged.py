@@ -68,6 +68,25 @@ async def test_hops_that_replace_others_are_acknowledged_for_their_own_part(open
         assert [row.positions for row in twin.receipts] == [3]
 
 
+async def test_a_hop_that_is_overtaken_without_blame_is_acknowledged(open_swarm):
+    async with open_swarm() as swarm:
+        hosts = [await swarm.serve(0, 4), await swarm.serve(4, 6)]
+        client = await swarm.client()
+        session = await client.session(Span(0, 6))
+        await session.step(torch.ones(10, WIDTH))
+
+        async def stuck(run, batch):
+            await trio.sleep_forever()
+
+        await swarm.serve(4, 6)
+        hosts[1].task.device.run_batch = stuck
+        await session.step(torch.ones(3, WIDTH))
+        await trio.sleep(1)
+        assert client.finder.failures == []
+        assert [row.positions for row in hosts[1].receipts] == [10]
+        session.close()
+
+
 async def test_a_server_that_asks_for_none_gets_none(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4)
