@@ -139,7 +139,8 @@ def _columns(table: OfferTable, needs: ChainNeeds, chosen: Indices, starts: Indi
     warm[table.of(needs.warm)] = True
     uplink = table.uplink[chosen]
     position_s = np.divide(needs.position_bytes, uplink, out=np.zeros(len(chosen)), where=uplink > 0)
-    near, far, apart_s = index[table.near[pairs]], index[table.far[pairs]], table.apart_s[pairs]
+    near, far = index[table.near[pairs]], index[table.far[pairs]]
+    apart_s = _plausible(table, needs, client_s, pairs)
     # The last hop of a session sends the client one position; every other hop sends all positions.
     push_s = position_s * needs.positions
     is_last = needs.requests == 0 and needs.before is None
@@ -161,6 +162,17 @@ def _columns(table: OfferTable, needs: ChainNeeds, chosen: Indices, starts: Indi
     )
 
 
+def _plausible(table: OfferTable, needs: ChainNeeds, client_s: Floats, pairs: Indices) -> Floats:
+    """The announced delays of these pairs. One that a single peer announces is at least the difference of what we
+    measured to both: no way is shorter than that through a third place allows.
+    """
+    is_measured = np.array([offer.peer_id in needs.rtts_s for offer in table.offers], bool)
+    near, far = table.near[pairs], table.far[pairs]
+    is_checked = ~table.are_agreed[pairs] & is_measured[near] & is_measured[far]
+    least = np.where(is_checked, np.abs(client_s[near] - client_s[far]), 0.0)
+    return np.maximum(table.apart_s[pairs], least)
+
+
 def _delays(table: OfferTable, needs: ChainNeeds, peer_id: PeerId | None, client_s: Floats) -> Floats:
     """One-way delays between every offer's peer and `peer_id`; None is the client."""
     if peer_id is None:
@@ -168,6 +180,6 @@ def _delays(table: OfferTable, needs: ChainNeeds, peer_id: PeerId | None, client
     delays: Floats = np.maximum(client_s, needs.rtts_s.get(peer_id, needs.unknown_rtt_s) / 2)
     own = table.of([peer_id])
     pairs = np.flatnonzero(np.isin(table.near, own))
-    delays[table.far[pairs]] = np.nan_to_num(table.apart_s[pairs], nan=0.0)
+    delays[table.far[pairs]] = np.nan_to_num(_plausible(table, needs, client_s, pairs), nan=0.0)
     delays[own] = 0.0
     return delays

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peerd.protocol.identity import PeerId
+from peerd.routing.chains.claims import believed
 from peerd.routing.directory.offer import Offer, agreeing
 from peerd.routing.directory.standing import StandingOf, unknown
 
@@ -27,9 +28,13 @@ class OfferTable:
     block_s: seconds that a position takes through one block.
     queue_s, free_tokens, uplink: as announced.
     near, far: pairs of columns whose delay one of their peers measured, each pair in both directions.
-    apart_s: that delay, one way; NaN between two spans of one peer. Pairs come with the longest delay first, so that
-        if both peers measured, the shorter delay overwrites the longer.
+    apart_s: that delay, one way; NaN between two spans of one peer. Pairs come with the shortest delay first, so that
+        if both peers measured, the longer delay overwrites the shorter: a peer that says it is near everybody must not
+        come first.
     belief: for some peers, which part of their announced queue counts; for all others, all of it.
+    proven: for some peers, the throughput that they have shown: what others claim beyond is limited (`claims.py`). None
+        takes every claim as it is.
+    are_agreed: for each pair, whether both peers measured it.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class OfferTable:
         offers: Iterable[Offer],
         belief: Mapping[PeerId, float] | None = None,
         standing: StandingOf = unknown,
+        proven: Mapping[PeerId, float] | None = None,
     ) -> None:
         # Callers pass peers that failed too, and leave them out only in a plan: what known peers agree on must not
         # depend on our failures.
@@ -45,7 +51,10 @@ class OfferTable:
         records = [offer.record for offer in found]
         self.starts: Indices = np.array([record.span.start for record in records], np.intp)
         self.ends: Indices = np.array([record.span.end for record in records], np.intp)
-        self.block_s: Floats = np.array([offer.block_s for offer in found])
+        claims = [(offer.peer_id, offer.record.throughput) for offer in found]
+        rates = [claim for _, claim in claims] if proven is None else believed(claims, standing, proven)
+        # As in `Offer.block_s`.
+        self.block_s: Floats = 1 / np.maximum(np.array(rates, np.float64), 1.0)
         self.queue_s: Floats = np.array([record.queue_s for record in records])
         if belief is not None:
             self.queue_s *= [belief.get(offer.peer_id, 1.0) for offer in found]
@@ -86,13 +95,17 @@ class OfferTable:
         other: Indices = np.array([numbers.get(peer_id, -1) for peer_id, _ in told], np.intp)
         apart_s: Floats = np.array([rtt_s for _, rtt_s in told]) / 2
         known = np.flatnonzero((other >= 0) & (other != one))
-        known = known[np.argsort(-apart_s[known])]
+        known = known[np.argsort(apart_s[known], kind="stable")]
+        there, back = (first[known] * len(numbers) + second[known] for first, second in ((one, other), (other, one)))
+        agreed: Mask = np.isin(there, back)
         near, source = self._columns_of(one[known])
-        known = known[source]
+        known, agreed = known[source], agreed[source]
         far, source = self._columns_of(other[known])
-        near, apart_s = near[source], apart_s[known][source]
+        near, apart_s, agreed = near[source], apart_s[known][source], agreed[source]
         twin, own = self._columns_of(self._peers)
         apart = own != twin
         self.near: Indices = np.concatenate([np.stack([near, far], 1).ravel(), own[apart]])
         self.far: Indices = np.concatenate([np.stack([far, near], 1).ravel(), twin[apart]])
-        self.apart_s: Floats = np.concatenate([np.repeat(apart_s, 2), np.full(np.count_nonzero(apart), np.nan)])
+        twins = np.count_nonzero(apart)
+        self.apart_s: Floats = np.concatenate([np.repeat(apart_s, 2), np.full(twins, np.nan)])
+        self.are_agreed: Mask = np.concatenate([np.repeat(agreed, 2), np.ones(twins, bool)])

@@ -38,6 +38,7 @@ class _Entry:
     # The public network in which we reached it, "" for none; None: never reached.
     network: str | None = None
     has_served: bool = False
+    shown_throughput: float = 0.0
 
 
 @dataclass(slots=True)
@@ -126,6 +127,15 @@ class TrackRecord:
         entry.avoided_until_s = 0.0
         entry.why = ""
         self._doubts.pop(peer_id, None)
+
+    def shown(self, peer_id: PeerId, throughput: float) -> None:
+        """Note that the peer had at least this throughput, in positions a second through one block."""
+        entry = self._touch(peer_id)
+        entry.shown_throughput = max(entry.shown_throughput, throughput)
+
+    def shown_throughputs(self) -> dict[PeerId, float]:
+        """The least throughput that each peer has shown, as far as any was noted."""
+        return {peer: entry.shown_throughput for peer, entry in self._entries.items() if entry.shown_throughput}
 
     def forgive(self) -> None:
         """Take back recent failures, because our own process slept. A doubted peer still has to answer."""

@@ -162,6 +162,9 @@ class Finder:
     def succeeded(self, peer: PeerId) -> None:
         self.track_record.succeeded(peer)
 
+    def shown(self, peer: PeerId, throughput: float) -> None:
+        self.track_record.shown(peer, throughput)
+
 
 @dataclass
 class Client:

@@ -134,3 +134,6 @@ class _OneChain:
 
     def succeeded(self, peer: PeerId) -> None:
         """Nor praised: a prefill is no session of the user's."""
+
+    def shown(self, peer: PeerId, throughput: float) -> None:
+        """Nor is its speed noted."""

@@ -159,10 +159,14 @@ class SwarmFinder:
 
     def _has_reweighed(self) -> bool:
         """Whether others are usable, now that we know more of those who announce contradicting blocks."""
-        table = OfferTable(self._permitted, self._belief, self._track_record.standing)
+        table = self._tabled()
         is_other = table.offers != self.table.offers
         self.table = table
         return is_other
+
+    def _tabled(self) -> OfferTable:
+        record = self._track_record
+        return OfferTable(self._permitted, self._belief, record.standing, record.shown_throughputs())
 
     def replacement(self, span: Span, needs: ChainNeeds, exclude: Collection[PeerId], between: Between) -> Chain:
         """The best replacement for a part of a chain. Raises NoChain."""
@@ -194,7 +198,7 @@ class SwarmFinder:
         if offers is not self._seen:
             self._seen, self._permitted = offers, self._rules.permitted(offers)
             self._belief = {o.peer_id: self._belief.get(o.peer_id) or self._doubt() for o in self._permitted}
-            self.table = OfferTable(self._permitted, self._belief, self._track_record.standing)
+            self.table = self._tabled()
             self._look_for_the_lost()
         return self._permitted
 
@@ -219,6 +223,10 @@ class SwarmFinder:
     def succeeded(self, peer: PeerId) -> None:
         """Forget that the peer failed."""
         self._track_record.succeeded(peer)
+
+    def shown(self, peer: PeerId, throughput: float) -> None:
+        """Believe from the next lookup on that the peer is at least that fast."""
+        self._track_record.shown(peer, throughput)
 
 
 def _overlaps(span: Span, ranges: Sequence[tuple[int, int]]) -> bool:
@@ -273,3 +281,6 @@ class ChainFinder(Protocol):
 
     def succeeded(self, peer: PeerId) -> None:
         """Note that the peer kept its promises."""
+
+    def shown(self, peer: PeerId, throughput: float) -> None:
+        """Note that the peer has computed at least so many positions a second through one block."""

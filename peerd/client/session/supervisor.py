@@ -68,6 +68,8 @@ class Supervisor:
         # Work that cannot be seen from the chain itself, as an ordered set.
         self._queue: dict[Queued, None] = {}
         self._faults_without_answer = 0
+        # The last step that was sent while no other was under way.
+        self._alone = 0
         self._is_woken = False
         self._woken = trio.lowlevel.ParkingLot()
 
@@ -91,6 +93,7 @@ class Supervisor:
                     nursery,
                     self._messages.read,
                     self.report,
+                    lambda control: self._acknowledging.leave(self.chain, control),
                 )
                 task_status.started()
                 nursery.start_soon(PaceWatch(self.progress, self._opener, self._finder, self.report).run)
@@ -132,6 +135,7 @@ class Supervisor:
         """Send a step that is in the log, now or as soon as the chain is ready."""
         if len(self._log.pending) == 1:
             self.progress.started()
+            self._alone = pending.step.seq
         if self.progress.is_ready:
             self._first.send(pending)
         else:
@@ -141,8 +145,20 @@ class Supervisor:
         """Note that a hop has answered a pending step of so many positions."""
         self._faults_without_answer = 0
         self._finder.succeeded(control.hop.peer_id)
+        self._note_speed(positions)
         self._mender.answered(self.chain)
         self._acknowledging.answered(self.chain, positions)
+
+    def _note_speed(self, positions: int) -> None:
+        """Note what every hop must have been able to compute in the time that the chain took for the answered step.
+
+        Only of a step that was sent while no other was under way: of several, answers that are held back and come
+        together would show more than there was.
+        """
+        seconds = trio.current_time() - self.progress.working_since
+        if self._log.answered == self._alone and seconds > 0 and not self.progress.replaying:
+            for control in self.chain.controls:
+                self._finder.shown(control.hop.peer_id, positions * len(control.hop.span) / seconds)
 
     # What went wrong, and what follows from it.
 

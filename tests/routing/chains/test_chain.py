@@ -44,8 +44,12 @@ def cheapest(offers: list[Offer], span: Span, needs: ChainNeeds) -> float:
             return 0.0
         if a is None or b is None:
             return needs.rtts_s.get(a or b or PeerId(""), needs.unknown_rtt_s) / 2
-        measured = [said[y] / 2 for x, y in ((a, b), (b, a)) for said in records.get(x, ()) if y in said]
-        return min(measured, default=max(delay(None, a), delay(None, b)))
+        measured = [[said[y] / 2 for said in records.get(x, ()) if y in said] for x, y in ((a, b), (b, a))]
+        if not any(measured):
+            return max(delay(None, a), delay(None, b))
+        is_checked = not all(measured) and a in needs.rtts_s and b in needs.rtts_s
+        least = abs(delay(None, a) - delay(None, b)) if is_checked else 0.0
+        return max(least, *measured[0], *measured[1])
 
     def sending(offer: Offer, to: PeerId | None, positions: int) -> float:
         if offer.peer_id == to or not offer.record.uplink:
@@ -205,7 +209,7 @@ def cheapest_by_every_edge(offers: list[Offer], span: Span, needs: ChainNeeds) -
     for offer in offers:
         for peer, rtt_s in offer.record.rtts:
             for pair in ((offer.peer_id, peer), (peer, offer.peer_id)):
-                said[pair] = min(said.get(pair, np.inf), rtt_s / 2)
+                said[pair] = max(said.get(pair, 0.0), rtt_s / 2)
     client_s = [needs.rtts_s.get(offer.peer_id, UNKNOWN_RTT_S) / 2 for offer in offers]
     links = np.zeros((len(offers), len(offers)))
     for i, one in enumerate(offers):
