@@ -22,6 +22,7 @@ BETWEEN_ROOMS = {
         "Peer.prober",
         "Peer.relay",
         "Peer.reservations",
+        "Session.how_far",
         "Session.live",
         "Session.observe",
         "ServedSpan.adapter_room",
