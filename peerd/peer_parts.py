@@ -195,7 +195,5 @@ async def open_spans(
             # Only a peer that serves has to be reached.
             random = Random(os.urandom(16))
             await stack.enter_async_context(reachability.holding_reservations(discovery.contacts, random))
-        server.weight_of = discovery.contributions.weight
-        server.on_receipt = discovery.receipts.add
-        server.attach(connections)
+        server.attach(connections, discovery.contributions.weight, discovery.receipts.add)
         yield SpanHost(config.identity.peer_id, connections, discovery, server, checkpoints, tasks, config.rules)

@@ -7,7 +7,7 @@ know that there is a nursery, so a group with a single exception is unwrapped he
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import Generic, TypeVar
@@ -57,6 +57,12 @@ def _leaves(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [leaf for part in error.exceptions for leaf in _leaves(part)]
     return [error]
+
+
+def tell(listeners: Iterable[Callable[[], None]]) -> None:
+    """Call each of these functions, which must not wait."""
+    for listener in listeners:
+        listener()
 
 
 class Watched(Generic[T]):

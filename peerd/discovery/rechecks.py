@@ -50,7 +50,7 @@ class Rechecks:
     async def run(self) -> None:
         """Ask each peer when it is due, until cancelled."""
         self._connections.on_lost.append(self._on_lost)
-        self._track_record.on_doubt = self._hurry
+        self._track_record.on_doubt.append(self._hurry)
         try:
             async with trio.open_nursery() as nursery:
                 while True:
@@ -60,6 +60,7 @@ class Rechecks:
                     with trio.move_on_at(self._track_record.asks_at_s):
                         await self._sooner.wait()
         finally:
+            self._track_record.on_doubt.remove(self._hurry)
             self._connections.on_lost.remove(self._on_lost)
 
     def _hurry(self) -> None:

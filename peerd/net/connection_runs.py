@@ -64,25 +64,27 @@ class ConnectionRuns:
         """Serve a peer that has dialled us, directly or through a relay, until the connection ends."""
         relay = relay_of(channel)
         ip = channel.remote_ip if relay is None else relay.remote_ip
-        visit = None if self._containment.refuses(ip=channel.remote_ip) else self._enter(ip)
+        scope = trio.CancelScope()
+        visit = None if self._containment.refuses(ip=channel.remote_ip) else self._enter(ip, scope.cancel)
         if visit is None:
             log.debug("refused a connection from %s: too many or too often, or the address is banned", ip)
             return
-        with trio.CancelScope() as scope:
-            visit.on_replaced = scope.cancel
+        with scope:
             try:
                 with self._containment.around("a connection", ip=channel.remote_ip):
                     await self._maker.make(channel, initiator=False).run(partial(self._welcome, visit))
             finally:
                 visit.leave()
 
-    def _enter(self, ip: IpAddress | None) -> Visit | None:
+    def _enter(self, ip: IpAddress | None, on_replaced: Callable[[], None]) -> Visit | None:
         """A place for one more unproven peer; None if there is none for this address now."""
         # An attempt that is refused for want of room has cost us nothing, so only the others count for the rate. The
         # gate comes last, for whom it lets in may replace another one.
         if not (self._live.has_room() and self._gate.has_room(ip)):
             return None
-        return self._gate.enter(ip) if self._rates.may_shake_hands(ip, trio.current_time()) else None
+        if not self._rates.may_shake_hands(ip, trio.current_time()):
+            return None
+        return self._gate.enter(ip, on_replaced)
 
     async def run_dialled(self, channel: MessageChannel, expected: PeerId | None, arrived: Arrived) -> PeerConnection:
         """Run a connection that we dialled to its end. `arrived` is called when both sides have taken it."""

@@ -18,6 +18,7 @@ import trio
 
 from peerd.net.limits.owners import Owner, Tally
 from peerd.protocol.errors import NoRoom, PeerdError
+from peerd.trio_tools import tell
 
 # The request at the head of the queue blocks those behind it for this long, so that a big request is not always
 # overtaken. It is no longer because a stranger who asks for more than is free would block all others. It is below the 2
@@ -58,14 +59,14 @@ class Admission:
     """Grants tokens of one pool. `attempt` callbacks commit them, and raise NoRoom if there are too few.
 
     is_full: a request has waited a second in vain, and little has become free since.
-    on_change: called when `is_full` has changed.
-    on_wanted: called when a request has waited a second in vain.
+    on_change: functions to call when `is_full` has changed.
+    on_wanted: functions to call when a request has waited a second in vain.
     """
 
     def __init__(self, total_tokens: int, free_tokens: Callable[[], int]) -> None:
         self.is_full = False
-        self.on_change: Callable[[], None] = lambda: None
-        self.on_wanted: Callable[[], None] = lambda: None
+        self.on_change: list[Callable[[], None]] = []
+        self.on_wanted: list[Callable[[], None]] = []
         # The mean seconds between two sessions that end, and when the last one ended.
         self._pace_s: float | None = None
         self._released_at: float | None = None
@@ -105,7 +106,7 @@ class Admission:
                     self._grant_in_order()
                     if not waiter.done.is_set():
                         self._note_full(True)
-                        self.on_wanted()
+                        tell(self.on_wanted)
                     await waiter.done.wait()
             if waiter.error is not None:
                 raise waiter.error
@@ -173,7 +174,7 @@ class Admission:
     def _note_full(self, is_full: bool) -> None:
         if is_full != self.is_full:
             self.is_full = is_full
-            self.on_change()
+            tell(self.on_change)
 
     def _grant_in_order(self) -> None:
         # Each grant may make it possible to grant a request that was passed over, so start again after it.

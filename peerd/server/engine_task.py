@@ -49,6 +49,7 @@ from peerd.server.device_thread import DeviceThread, RunBatch
 from peerd.server.engine_adapters import EngineAdapters
 from peerd.server.step_meter import StepMeter
 from peerd.server.wire_errors import wire_errors
+from peerd.trio_tools import tell
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +84,12 @@ class EngineTask:
 
     def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None, is_strict: bool | None = None) -> None:
         self.engine = engine
-        #: Whether the device still computes. If it does not, `on_broken` is called, and the span must be given up.
+        #: Whether the device still computes. If it does not, the span must be given up.
         self.health = DeviceHealth()
-        self.on_broken: Callable[[], None] = lambda: None
-        #: Called when steps begin to wait because the pool has no pages left.
-        self.on_short: Callable[[], None] = lambda: None
+        #: Functions to call when the device computes no more.
+        self.on_broken: list[Callable[[], None]] = []
+        #: Functions to call when steps begin to wait because the pool has no pages left.
+        self.on_short: list[Callable[[], None]] = []
         #: Since when some have waited; None if none does.
         self.short_since: float | None = None
         self._containment = Containment(is_strict)
@@ -207,7 +209,7 @@ class EngineTask:
             self.short_since = None
         elif self.short_since is None:
             self.short_since = trio.current_time()
-            self.on_short()
+            tell(self.on_short)
 
     def _recount(self, session: Hashable) -> None:
         """Count a session that has grown with what it is expected to need now."""
@@ -232,13 +234,13 @@ class EngineTask:
         if self.health.note(output, owners):
             self.health.tested(await self.device.call(self.engine.works))
         if self.health.broken:
-            self.on_broken()
+            tell(self.on_broken)
 
     def break_down(self, why: str) -> None:
         """Give the device up."""
         if not self.health.broken:
             self.health.broken = why
-            self.on_broken()
+            tell(self.on_broken)
 
     async def _run_turn(self, job: Job) -> None:
         began = trio.current_time()

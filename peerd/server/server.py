@@ -61,6 +61,10 @@ DIALS_AT_ONCE = 16
 PAUSED = "this peer serves nobody at the moment: its owner uses the machine"
 
 
+def _equal(_peer_id: PeerId) -> float:
+    return 1.0
+
+
 class Server:
     """Serves spans to sessions. `run` owns engines and sessions; `handlers` go to the connections."""
 
@@ -71,10 +75,6 @@ class Server:
         #: Whether nothing new is accepted from others until it is False again. Our own programs are served.
         self.paused = False
         self._own: PeerId | None = None
-        #: How much of our devices a client gets, for what it gave us; 1 for a stranger.
-        self.weight_of: Callable[[PeerId], float] = lambda _peer_id: 1.0
-        #: Takes the clients' valid receipts; None asks for none.
-        self.on_receipt: OnReceipt | None = None
         self._stopped = False
         self._now = now
         self._containment = containment or Containment()
@@ -110,10 +110,21 @@ class Server:
         """How many sessions hold KV here."""
         return len(self._sessions)
 
-    def attach(self, connections: Connections) -> None:
-        """Dial next hops over these connections. Streams that came before have waited for this."""
+    def attach(
+        self,
+        connections: Connections,
+        weight_of: Callable[[PeerId], float] = _equal,
+        on_receipt: OnReceipt | None = None,
+    ) -> None:
+        """Dial next hops over these connections. Streams that came before have waited for this.
+
+        weight_of: how much of our devices a client gets, for what it gave us; 1 for a stranger.
+        on_receipt: takes the clients' valid receipts; None asks for none.
+        """
         self._connections = connections
         self._own = connections.peer_id
+        self._weight_of = weight_of
+        self._on_receipt = on_receipt
         self._attached.set()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -129,7 +140,8 @@ class Server:
 
     def serve(self, served: ServedSpan) -> None:
         """Accept sessions on one more span from now on."""
-        served.task.admission.on_wanted = served.task.on_short = self._evictions.look
+        served.task.admission.on_wanted.append(self._evictions.look)
+        served.task.on_short.append(self._evictions.look)
         served.task.meter = StepMeter(self._meters)
         self._spans.start(served, self._nursery)
 
@@ -243,7 +255,7 @@ class Server:
                 raise RemoteProtocolError("this session is open already")
             return known
         ip = stream.connection.accountable_ip
-        owner = Owner.at(stream.peer, ip, self.weight_of(stream.peer))
+        owner = Owner.at(stream.peer, ip, self._weight_of(stream.peer))
         served = self._check(owner, opening)
         session = HostedSession(
             opening,
@@ -283,9 +295,9 @@ class Server:
         return session
 
     def _receipts(self, owner: Owner, opening: OpenSession) -> Acknowledged | None:
-        if self.on_receipt is None:
+        if self._on_receipt is None:
             return None
-        return Acknowledged(opening, owner.peer_id, self._connections.peer_id, self.on_receipt)
+        return Acknowledged(opening, owner.peer_id, self._connections.peer_id, self._on_receipt)
 
     def _rests_for(self, peer: PeerId) -> bool:
         """Whether a peer is refused because our owner uses the machine. The owner's own programs are not."""

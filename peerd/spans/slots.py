@@ -45,7 +45,8 @@ class Slot:
         self._decided = False
         self._last = expected
         self._changed = changed
-        self._broke = trio.Event()
+        # Set, and replaced, when another span is served here or a device fails.
+        self._news = trio.Event()
 
     def decide(self, span: Span) -> None:
         """Make this the final span of an empty slot."""
@@ -110,14 +111,14 @@ class Slot:
         """Empty the slot. The intended span is final now."""
         self.served = self.loaded = None
         self._decided = True
-        self._broke = trio.Event()
 
     def fill(self, served: ServedSpan, loaded: LoadedSpan) -> None:
         """Put a loaded span here. Raises InvalidRequest, and changes nothing, if its announcement would be too long."""
         check_record(self._record(served, loaded, "online"))
         self.served, self.loaded, self.intended, self._decided = served, loaded, None, False
-        served.task.admission.on_change = self._changed
-        served.task.on_broken = self._note_broken
+        served.task.admission.on_change.append(self._changed)
+        served.task.on_broken.append(self._wake)
+        self._wake()
 
     @property
     def is_broken(self) -> bool:
@@ -127,11 +128,11 @@ class Slot:
     async def wait_broken(self) -> None:
         """Wait until the device under a span that is served here fails."""
         while not self.is_broken:
-            await self._broke.wait()
-            self._broke = trio.Event()
+            await self._news.wait()
 
-    def _note_broken(self) -> None:
-        self._broke.set()
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
 
     def check(self) -> None:
         """Raise InvalidRequest if the span here cannot be announced."""

@@ -71,7 +71,9 @@ class Dht:
         self._own = PeerNode(Contact(peer_id, contact_addresses(addresses)))
         self._store = store
         self._now = now
-        self._protocol = DhtProtocol(self._own, store, transport, random)
+        # Peers that no longer answered. After a partition, the other half is found through one of them.
+        self._lost = LostContacts()
+        self._protocol = DhtProtocol(self._own, store, transport, random, self._lost)
         self._table = self._protocol.router
         self._random = random
         self._replication = Replication(self._own, store, self._protocol, self._nearest, random)
@@ -81,9 +83,6 @@ class Dht:
         self._last_known: list[PeerNode] = []
         # True as long as no peer was ever known: then we may be the first peer of a swarm.
         self._is_first = True
-        # Peers that no longer answered. After a partition, the other half is found through one of them.
-        self._lost = LostContacts()
-        self._table.on_removed = self._lost.add
         self._lookups = trio.Semaphore(MAX_LOOKUPS)
         #: Servers whose records could not be used because of a clock.
         self.odd_times = OddTimes()

@@ -20,6 +20,7 @@ from peerd.protocol.addresses import Multiaddr, public_network
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import CallerError, InvalidRequest, LinkFailed, Overloaded, PeerFault, RemoteProtocolError
 from peerd.protocol.identity import PeerId
+from peerd.routing.dht.lost_contacts import LostContacts
 from peerd.routing.dht.messages import (
     MAX_CONTACTS,
     MAX_STORED_AT_ONCE,
@@ -92,13 +93,16 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
     """kademlia's `call_*` (our questions) and `rpc_*` (our answers), on typed messages.
 
     addresses: where we can be dialled, sent along with each question; () makes us a DHT client.
+    lost: takes the peers that left the table because they did not answer.
     """
 
-    def __init__(self, own: PeerNode, store: RecordStore, transport: DhtTransport, random: Random) -> None:
+    def __init__(
+        self, own: PeerNode, store: RecordStore, transport: DhtTransport, random: Random, lost: LostContacts
+    ) -> None:
         super().__init__(own, store, MAX_CONTACTS)
         self.source_node: PeerNode = own
         self.storage: RecordStore = store
-        self.router = ContactTable(own, MAX_CONTACTS, trio.current_time)
+        self.router = ContactTable(own, MAX_CONTACTS, trio.current_time, lost.add)
         self.addresses: tuple[Multiaddr, ...] = own.contact.addresses
         self._transport = transport
         self._random = random

@@ -109,16 +109,24 @@ class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
         return int((low ^ target) & ~(high - low))
 
 
-class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no types
-    """Up to `ksize` contacts for each range of distances from `own`. `now` is any steady count of seconds."""
+def _ignore(_node: PeerNode) -> None:
+    pass
 
-    def __init__(self, own: Node, ksize: int, now: Callable[[], float]) -> None:
+
+class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no types
+    """Up to `ksize` contacts for each range of distances from `own`. `now` is any steady count of seconds.
+
+    on_removed: called with each contact that is removed.
+    """
+
+    def __init__(
+        self, own: Node, ksize: int, now: Callable[[], float], on_removed: Callable[[PeerNode], None] = _ignore
+    ) -> None:
         self._now = now
+        self._on_removed = on_removed
         self._suspects: dict[bytes, PeerNode] = {}
         # When each contact was last heard of. A replacement that was just promoted has no entry.
         self._heard: dict[bytes, float] = {}
-        #: Called with each contact that is removed.
-        self.on_removed: Callable[[PeerNode], object] = lambda _node: None
         super().__init__(None, ksize, own)
 
     def flush(self) -> None:
@@ -169,7 +177,7 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
     def remove_contact(self, node: Node) -> None:
         """Forget a peer; the newest peer that waited for its place takes it."""
         if (known := self.get(node.id)) is not None:
-            self.on_removed(known)
+            self._on_removed(known)
         super().remove_contact(node)
         self._suspects.pop(node.id, None)
         self._heard.pop(node.id, None)

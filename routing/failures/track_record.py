@@ -69,10 +69,6 @@ class Avoidance:
     why: str
 
 
-def _nothing() -> None:
-    pass
-
-
 class TrackRecord:
     """Our experience with other peers. `now` counts seconds steadily, from any start.
 
@@ -96,8 +92,8 @@ class TrackRecord:
         self._entries: dict[PeerId, _Entry] = {}
         self._doubts: dict[PeerId, _Doubt] = {}
         self._on_served = on_served
-        self.on_doubt: Callable[[], None] = _nothing
-        """Called when a peer is to be asked sooner than before."""
+        #: Called when a peer is to be asked sooner than before.
+        self.on_doubt: list[Callable[[], None]] = []
 
     def failed(self, peer_id: PeerId, why: str = "") -> float:
         """Note a failure of the peer: avoid it from now on, twice as long each time. Returns for how many seconds."""
@@ -116,7 +112,7 @@ class TrackRecord:
         if self._by_proof and peer_id not in self._doubts:
             self._touch(peer_id)
             self._doubts[peer_id] = _Doubt(self._now(), self._now())
-            self.on_doubt()
+            self._tell_of_doubt()
 
     def succeeded(self, peer_id: PeerId) -> None:
         """Note a success: the peer is as good as one that never failed."""
@@ -216,7 +212,7 @@ class TrackRecord:
             doubt.unanswered += 1
             self._touch(peer_id).why = why
             doubt.ask_at_s = self._now() + delay_s if doubt.unanswered < MAX_UNANSWERED else float("inf")
-            self.on_doubt()
+            self._tell_of_doubt()
 
     def announced(self, peer_id: PeerId, seq: int) -> None:
         """Note a new announcement of the peer, with number `seq`. A peer that could not be reached may be back: ask it
@@ -235,11 +231,15 @@ class TrackRecord:
         if (doubt := self._doubts.get(peer_id)) is not None:
             self._ask_soon(doubt)
 
+    def _tell_of_doubt(self) -> None:
+        for listener in self.on_doubt:
+            listener()
+
     def _ask_soon(self, doubt: _Doubt) -> None:
         is_being_asked = doubt.ask_at_s == float("inf") and doubt.unanswered < MAX_UNANSWERED
         if doubt.unanswered and not is_being_asked:
             doubt.ask_at_s = min(doubt.ask_at_s, max(self._now(), doubt.asked_at_s + MIN_ASKING_S))
-            self.on_doubt()
+            self._tell_of_doubt()
 
     @property
     def has_doubts(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -74,10 +75,10 @@ class Host:
     server: Server
     task: EngineTask
     connections: Connections
+    receipts: ReceiptBook
     online: bool = True
     dtype: str = "float32"
     quantization: str = "none"
-    receipts: ReceiptBook = field(default_factory=lambda: ReceiptBook(unix_now))
 
     @property
     def peer_id(self) -> PeerId:
@@ -303,12 +304,28 @@ class Swarm:
         batch_tokens: int = 256,
         engine_type: type[FakeEngine] = FakeEngine,
         client_adapters: int = 0,
+        weight_of: Callable[[PeerId], float] = lambda _peer: 1.0,
+        asks_for_receipts: bool = True,
     ) -> Host:
         """A server of blocks, whose batches take `step_s`."""
         engine = engine_type(Span(start, end), hidden_size=WIDTH, kv_tokens=kv_tokens, batch_tokens=batch_tokens)
-        return await self.serve_engine(engine, step_s=step_s, client_adapters=client_adapters)
+        return await self.serve_engine(
+            engine,
+            step_s=step_s,
+            client_adapters=client_adapters,
+            weight_of=weight_of,
+            asks_for_receipts=asks_for_receipts,
+        )
 
-    async def serve_engine(self, engine: BaseEngine, *, step_s: float = 0.01, client_adapters: int = 0) -> Host:
+    async def serve_engine(
+        self,
+        engine: BaseEngine,
+        *,
+        step_s: float = 0.01,
+        client_adapters: int = 0,
+        weight_of: Callable[[PeerId], float] = lambda _peer: 1.0,
+        asks_for_receipts: bool = True,
+    ) -> Host:
         """A server with this engine, whose batches, and slices of training, take `step_s`."""
 
         async def run_batch(run: Callable[[Any], Any], batch: Any) -> Any:
@@ -316,14 +333,22 @@ class Swarm:
             return run(batch)
 
         ip, identity = self._new()
-        host: Host = await self._tasks.start(
-            self._run_host, ip, identity, EngineTask(engine, run_batch=run_batch), AdapterRoom(client_adapters)
-        )
+        task, room = EngineTask(engine, run_batch=run_batch), AdapterRoom(client_adapters)
+        receipts = ReceiptBook(unix_now)
+        attach = partial(Server.attach, weight_of=weight_of, on_receipt=receipts.add if asks_for_receipts else None)
+        host: Host = await self._tasks.start(self._run_host, ip, identity, task, room, receipts, attach)
         self.hosts.append(host)
         return host
 
     async def _run_host(
-        self, ip: str, identity: Identity, task: EngineTask, room: AdapterRoom, task_status: trio.TaskStatus[Host]
+        self,
+        ip: str,
+        identity: Identity,
+        task: EngineTask,
+        room: AdapterRoom,
+        receipts: ReceiptBook,
+        attach: Callable[[Server, Connections], None],
+        task_status: trio.TaskStatus[Host],
     ) -> None:
         server = Server(unix_now)
         async with open_tasks() as tasks:
@@ -335,10 +360,9 @@ class Swarm:
                 handlers=server.handlers,
                 now=unix_now,
             ) as connections:
-                server.attach(connections)
+                attach(server, connections)
                 server.serve(ServedSpan(MODEL, MAX_LENGTH, task, room))
-                host = Host(ip, identity, task.engine.span, server, task, connections)
-                server.on_receipt = host.receipts.add
+                host = Host(ip, identity, task.engine.span, server, task, connections, receipts)
                 task_status.started(host)
                 await trio.sleep_forever()
 

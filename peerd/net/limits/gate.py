@@ -95,14 +95,17 @@ class Gate:
             return False
         return len(self._visits) < self._max_unproven or self._replaceable(network) is not None
 
-    def enter(self, ip: IpAddress | None) -> Visit | None:
-        """Count one more connection from this address; None if there is no room for it."""
+    def enter(self, ip: IpAddress | None, on_replaced: Callable[[], None]) -> Visit | None:
+        """Count one more connection from this address; None if there is no room for it.
+
+        on_replaced: called when the visit has lost its place to another one.
+        """
         if not self.has_room(ip):
             return None
         if len(self._visits) >= self._max_unproven and (oldest := self._replaceable(network_of(ip))) is not None:
             oldest.leave()
             oldest.on_replaced()
-        visit = Visit(self, host_of(ip), network_of(ip))
+        visit = Visit(self, host_of(ip), network_of(ip), on_replaced)
         self._visits[visit] = None
         self._count(visit, 1)
         return visit
@@ -129,15 +132,12 @@ class Gate:
 
 
 class Visit:
-    """One connection that has entered: `leave` when it is proven or gone. Repeating it changes nothing.
+    """One connection that has entered: `leave` when it is proven or gone. Repeating it changes nothing."""
 
-    on_replaced: called when the visit has lost its place to another one.
-    """
-
-    def __init__(self, gate: Gate, host: str, network: str) -> None:
+    def __init__(self, gate: Gate, host: str, network: str, on_replaced: Callable[[], None]) -> None:
         self.host = host
         self.network = network
-        self.on_replaced: Callable[[], None] = lambda: None
+        self.on_replaced = on_replaced
         self._gate = gate
 
     def leave(self) -> None:

@@ -149,7 +149,7 @@ async def test_a_grant_to_a_request_that_was_cancelled_meanwhile_comes_back():
 async def test_a_pool_is_full_once_a_request_has_waited_and_until_a_share_of_it_is_free():
     pool = Pool(100)
     said: list[bool] = []
-    pool.admission.on_change = lambda: said.append(pool.admission.is_full)
+    pool.admission.on_change.append(lambda: said.append(pool.admission.is_full))
     for _ in range(10):
         await pool.take("a", 10)
     async with trio.open_nursery() as nursery:

@@ -432,7 +432,7 @@ async def test_a_device_that_fails_three_times_in_a_row_is_given_up(shares):
     engine = Failing()
     broken = []
     async with running(engine, is_strict=False) as task:
-        task.on_broken = lambda: broken.append(trio.current_time())
+        task.on_broken.append(lambda: broken.append(trio.current_time()))
         await fail_alone(task, "before")
         engine.broken = len(set(shares)) == 1
         engine.culprits = {"a", "b", "c"}

@@ -113,7 +113,7 @@ async def test_a_server_tells_when_a_span_is_full_and_when_it_has_room_and_refus
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4, kv_tokens=256)
         said = []
-        host.task.admission.on_change = lambda: said.append(host.task.admission.is_full)
+        host.task.admission.on_change.append(lambda: said.append(host.task.admission.is_full))
         first, second = await swarm.caller(), await swarm.caller()
         for _ in range(2):
             stream = await first.open(host, max_length=256)

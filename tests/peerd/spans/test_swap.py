@@ -92,3 +92,19 @@ async def test_a_peer_that_leaves_loads_nothing_again() -> None:
         own.break_down()
         await trio.sleep(100)
         assert own.peer.loader.loads == []
+
+
+async def test_a_span_whose_device_fails_after_a_move_is_loaded_again() -> None:
+    async with open_swarm("0:4") as swarm:
+        own = await Reloading.of(swarm, "4:8")
+        [served] = own.peer.server.spans
+        async with own.reloader.swap.lock:
+            await own.peer.server.withdraw(served)
+            del served
+            await own.reloader.swap.vacate()
+            assert await own.reloader.swap.load(Span(2, 8)) is None
+        await trio.sleep(1)
+        own.break_down()
+        await until(lambda: own.peer.states() == {"2:8": "joining"}, 5)
+        await until(lambda: own.peer.states() == {"2:8": "online"}, 60)
+        assert own.peer.loader.loads == [Span(2, 8), Span(2, 8)]

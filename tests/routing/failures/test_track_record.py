@@ -161,7 +161,7 @@ def test_a_new_announcement_of_a_gone_peer_is_a_reason_to_ask_but_an_old_one_is_
     proving: TrackRecord, clock: Clock
 ) -> None:
     hurried = []
-    proving.on_doubt = lambda: hurried.append(clock.now)
+    proving.on_doubt.append(lambda: hurried.append(clock.now))
     proving.doubt(A)
     proving.announced(A, 7)
     proving.take_doubted()

@@ -14,9 +14,9 @@ from peerd.protocol.identity import Identity
 from peerd.testing.network import MemoryNetwork
 
 
-def _entered(gate, *addresses):
+def _entered(gate, *addresses, on_replaced=lambda: None):
     """The visits from these addresses; None for each that is refused."""
-    return [gate.enter(ip_address(address)) for address in addresses]
+    return [gate.enter(ip_address(address), on_replaced) for address in addresses]
 
 
 def test_strangers_are_counted_in_all_and_by_public_address():
@@ -45,10 +45,9 @@ def test_the_addresses_of_one_network_share_its_places_at_the_door(address):
 
 def test_a_newcomer_replaces_the_oldest_visit_of_the_network_with_most():
     gate = Gate(max_unproven=8)
-    visits = _entered(gate, *(f"8.8.8.{n}" for n in range(6)), "9.9.9.1", "9.9.9.2")
     replaced = []
-    for number, visit in enumerate(visits):
-        visit.on_replaced = partial(replaced.append, number)
+    for number, address in enumerate([*(f"8.8.8.{n}" for n in range(6)), "9.9.9.1", "9.9.9.2"]):
+        gate.enter(ip_address(address), partial(replaced.append, number))
     assert all(_entered(gate, "1.1.1.1", "1.1.2.1"))
     assert replaced == [0, 1]
     assert all(_entered(gate, "9.9.9.3"))

@@ -89,8 +89,7 @@ async def test_a_hop_that_is_overtaken_without_blame_is_acknowledged(open_swarm)
 
 async def test_a_server_that_asks_for_none_gets_none(open_swarm):
     async with open_swarm() as swarm:
-        host = await swarm.serve(0, 4)
-        host.server.on_receipt = None
+        host = await swarm.serve(0, 4, asks_for_receipts=False)
         client = await swarm.client()
         session = await client.session(Span(0, 4), max_length=1000, max_rows=2)
         for row in range(2):
@@ -190,8 +189,7 @@ async def test_bytes_that_are_no_receipt_are_refused(open_swarm, data):
 
 async def test_a_receipt_that_nobody_asked_for_is_refused(open_swarm):
     async with open_swarm() as swarm:
-        host = await swarm.serve(0, 4)
-        host.server.on_receipt = None
+        host = await swarm.serve(0, 4, asks_for_receipts=False)
         caller = await swarm.caller()
         stream = await caller.open(host)
         await acknowledge(stream, caller.identity, Receipt(b"s" * 16, 0, host.peer_id, MODEL, 0, 4, 1))
