@@ -52,12 +52,12 @@ def quantization_of(fields: Mapping[str, Any], where: object) -> Mapping[str, An
     UnsupportedModelError.
     """
     for field in _QUANTIZATION_FIELDS:
-        said = fields.get(field)
-        if not said:
+        value = fields.get(field)
+        if not value:
             continue
-        if not isinstance(said, dict):
-            raise UnsupportedModelError(f"{where}: {field} is {said!r}, not an object")
-        return {"quant_method": "mlx" if field == "quantization" else "an unknown way"} | said
+        if not isinstance(value, dict):
+            raise UnsupportedModelError(f"{where}: {field} is {value!r}, not an object")
+        return {"quant_method": "mlx" if field == "quantization" else "an unknown way"} | value
     return None
 
 

@@ -139,7 +139,7 @@ async def _stream(generation: Generation, *, quiet: bool) -> None:
 
 async def until_served(peer: Peer, model: SwarmModel) -> None:
     """Wait until every block of the model has a server, and say meanwhile which blocks have none."""
-    said = ""
+    reported = ""
     with working("looking for servers") as display:
         while True:
             offers = usable(await offers_of(peer, model, LOOK_S), model)
@@ -148,9 +148,9 @@ async def until_served(peer: Peer, model: SwarmModel) -> None:
                 return
             lacks = f"{model.facts.name} {needs(missing)}"
             display.update(f"{lacks}; waiting for servers")
-            if lacks != said and not screen().is_terminal:
+            if lacks != reported and not screen().is_terminal:
                 say(f"{lacks}; waiting for servers")
-            said = lacks
+            reported = lacks
             await trio.sleep(LOOK_S)
 
 

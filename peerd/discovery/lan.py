@@ -158,8 +158,8 @@ class Neighbourhood:
             return False
         if self._swarm_key is None:
             return "peer" in sighting.words
-        said = sighting.words.get("tag", "")
-        return hmac.compare_digest(said.encode(), tag_of(self._swarm_key, sighting.label).encode())
+        tag = sighting.words.get("tag", "")
+        return hmac.compare_digest(tag.encode(), tag_of(self._swarm_key, sighting.label).encode())
 
     async def _meet(self, sighting: Sighting) -> None:
         addresses = self._connections.own_policy.of(addresses_of(sighting))

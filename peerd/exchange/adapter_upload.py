@@ -101,22 +101,22 @@ class _Receiving:
         self.found[first.block, first.module] = LoraPair(a, b, first.scale)
 
     async def prompt(self) -> None:
-        said, values = await self._next(Prompt)
-        if not self._is_new(said.block, said.name):
+        message, values = await self._next(Prompt)
+        if not self._is_new(message.block, message.name):
             raise InvalidRequest(
-                f"a {said.name} for block {said.block}: the session runs blocks {self._blocks}, and each has one"
+                f"a {message.name} for block {message.block}: the session runs blocks {self._blocks}, and each has one"
             )
-        self.found[said.block, said.name] = DeepPrompt(values)
+        self.found[message.block, message.name] = DeepPrompt(values)
 
     def _is_new(self, block: int, name: str) -> bool:
         return self._blocks.start <= block < self._blocks.end and (block, name) not in self.found
 
     async def _next(self, kind: type[M]) -> tuple[M, torch.Tensor]:
         raw = await self._stream.receive(max_body=self._left * MAX_EXACT_VALUE_BYTES)
-        said = parse(raw.header, (kind,))
-        matrix = _matrix(said.tensor, raw.body, self._left)
+        message = parse(raw.header, (kind,))
+        matrix = _matrix(message.tensor, raw.body, self._left)
         self._left -= matrix.numel()
-        return said, matrix
+        return message, matrix
 
 
 def _matrix(fields: dict[str, object], body: memoryview, max_values: int) -> torch.Tensor:
@@ -155,9 +155,9 @@ async def send_adapter(connections: Connections, hop: Hop, session: bytes, numbe
 
 
 async def _expect(stream: Stream, wanted: type[Message]) -> None:
-    said = parse((await stream.receive()).header, (wanted, Failure))
-    if isinstance(said, Failure):
-        raise said.error
+    message = parse((await stream.receive()).header, (wanted, Failure))
+    if isinstance(message, Failure):
+        raise message.error
 
 
 async def _send_all(stream: Stream, own: Lora) -> None:

@@ -77,10 +77,10 @@ class DaemonPass:
         if asked.trained.prompts is not None:
             sent["prompts"] = asked.trained.prompts.detach().float()
         await channel.send(LocalForward(_FORWARD, asked.rows, {}, keep=asked.keep), **sent)
-        said, body = await channel.receive(Output)
-        if said.tensor is None:
+        reply, body = await channel.receive(Output)
+        if reply.tensor is None:
             raise RemoteProtocolError("the daemon answered a forward without its tensor")
-        [self.output] = tensors_of(body, [said.tensor])
+        [self.output] = tensors_of(body, [reply.tensor])
 
     async def backward(self, grad_output: torch.Tensor) -> Gradients:
         """Return the gradients for `grad_output`, which has the shape of `output`, and close the pass. Raises as
@@ -90,10 +90,10 @@ class DaemonPass:
             raise InvalidRequest("this pass was closed, or has had its backward: run a forward again")
         try:
             await self._channel.send(LocalBackward(_BACKWARD, _FORWARD, {}), tensor=grad_output)
-            said, body = await self._channel.receive(GradientsOutput)
-            headers = [said.tensor] if said.prompts is None else [said.tensor, said.prompts]
+            reply, body = await self._channel.receive(GradientsOutput)
+            headers = [reply.tensor] if reply.prompts is None else [reply.tensor, reply.prompts]
             hidden, *prompts = tensors_of(body, headers)
-            found = await _parameters(self._channel, said.parameters)
+            found = await _parameters(self._channel, reply.parameters)
         finally:
             self.close()
         trained = self._asked.trained
@@ -109,6 +109,6 @@ async def _parameters(channel: Channel, count: int) -> dict[tuple[int, str], tor
     """The gradients that follow, by block and name."""
     found: dict[tuple[int, str], torch.Tensor] = {}
     for _ in range(count):
-        said, body = await channel.receive(LocalParameter)
-        [found[said.block, said.name]] = tensors_of(body, [said.tensor])
+        parameter, body = await channel.receive(LocalParameter)
+        [found[parameter.block, parameter.name]] = tensors_of(body, [parameter.tensor])
     return found

@@ -206,12 +206,12 @@ async def _agree(stream: Stream, at: Multiaddr) -> Punch:
     try:
         with trio.fail_after(ANSWER_S):
             await stream.send(Punch(at).to_header())
-            said = parse((await stream.receive()).header, TO_RESERVED)
+            answer = parse((await stream.receive()).header, TO_RESERVED)
     except trio.TooSlowError:
         raise Unresponsive(f"{stream.peer} did not say where it is seen") from None
     except trio.EndOfChannel:
         raise RemoteProtocolError(f"{stream.peer} finished without an answer") from None
-    if isinstance(said, Failure):
-        raise said.error
-    assert isinstance(said, Punch)
-    return said
+    if isinstance(answer, Failure):
+        raise answer.error
+    assert isinstance(answer, Punch)
+    return answer

@@ -148,13 +148,13 @@ class Rebalancer:
             self._slot.intended = goal
             await announce(self._discovery)
             await trio.sleep(self._random.uniform(0, self._pace.hesitation_s))
-            said, goal = goal, await self._look(goal)
-            if goal == said:
+            intended, goal = goal, await self._look(goal)
+            if goal == intended:
                 return goal
         return None
 
-    async def _look(self, said: Span | None = None) -> Span | None:
-        """The span where the swarm needs us now, after we announced `said`. None to stay.
+    async def _look(self, intended: Span | None = None) -> Span | None:
+        """The span where the swarm needs us now, after we announced `intended`. None to stay.
 
         None also while serving is paused, if we cannot see the whole swarm, or not our own announcement in it, and if
         we do not reach another server for each of our blocks.
@@ -171,7 +171,7 @@ class Rebalancer:
         own = next((one for one in ours if one.record.slot == self._slot.number), None)
         if own is None or own.record.span != self._span:
             return None
-        choose = partial(choose_move, holdings, own, self._block_count, said=said)
+        choose = partial(choose_move, holdings, own, self._block_count, intended=intended)
         # First assume that all is on disk: to know what really is takes requests to the hub.
         if choose(on_disk=frozenset(range(self._block_count))) is None:
             return None

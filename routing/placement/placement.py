@@ -92,23 +92,23 @@ def choose_move(
     block_count: int,
     *,
     on_disk: frozenset[int] = frozenset(),
-    said: Span | None = None,
+    intended: Span | None = None,
 ) -> Span | None:
     """The span of equal size to which the server of `own` should move; None if it should stay.
 
     `holdings` is the whole swarm, with or without `own` and its intention. A move never leaves a block without a
     server, and gains at least a quarter of what such a server adds to a perfectly even swarm.
 
-    said: the span to which this server has announced to move. Several servers may have announced the same; then the
-    first of them by PeerId moves and the others stay, unless one has begun.
+    intended: the span to which this server has announced to move. Several servers may have announced the same; then
+    the first of them by PeerId moves and the others stay, unless one has begun.
     """
     others = [one for one in holdings if _slot_of(one) != _slot_of(own)]
     goal = _choose_move(as_announced(others), own, block_count, on_disk)
-    if said is None or goal == said:
+    if intended is None or goal == intended:
         return goal
     online = {(one.peer_id, one.record.slot) for one in others if one.record.state == "online"}
     firm = [one for one in others if not (_is_intention(one) and one.peer_id > own.peer_id and _slot_of(one) in online)]
-    return said if _choose_move(as_announced(firm), own, block_count, on_disk) == said else goal
+    return intended if _choose_move(as_announced(firm), own, block_count, on_disk) == intended else goal
 
 
 def _choose_move(others: Sequence[Holding], own: Holding, block_count: int, on_disk: frozenset[int]) -> Span | None:

@@ -51,14 +51,14 @@ def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
 
     Raises CheckpointError if the revision is malformed, or if `text` and `revision` name two different ones.
     """
-    model, at, said = text.partition("@")
+    model, at, named = text.partition("@")
     repo, gguf = _split_gguf(model)
     well_formed = _REPO.fullmatch(repo) and len(repo) <= _MAX_REPO_CHARS
     if not well_formed or "--" in repo or ".." in repo or repo.endswith((".", "-", ".git", ".gguf", ".safetensors")):
         return None
-    if at and revision is not None and said != revision:
+    if at and revision is not None and named != revision:
         raise CheckpointError(f"{text} names one revision and {revision!r} is another: say one of them")
-    wanted = said if at else revision
+    wanted = named if at else revision
     if wanted is not None and (not _REVISION.fullmatch(wanted) or ".." in wanted or wanted.endswith("/")):
         raise CheckpointError(f"{wanted!r} is no revision of {repo}: give a branch, a tag or a commit")
     return HubId(repo, wanted, gguf)

@@ -120,15 +120,15 @@ def _add_assistant(message: Fields, translation: Translation) -> None:
             thoughts.append(block.required_text("thinking"))
         elif kind != "redacted_thinking":
             texts.append(_text(block))
-    said: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+    translated: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
     if thoughts:
-        said["reasoning_content"] = "".join(thoughts)
+        translated["reasoning_content"] = "".join(thoughts)
     if calls:
-        said |= {"content": said["content"] or None, "tool_calls": [call for _, call in calls]}
+        translated |= {"content": translated["content"] or None, "tool_calls": [call for _, call in calls]}
     # The calls have paths of their own in the client's request.
     paths = {f"tool_calls[{number}]": path for number, (path, _) in enumerate(calls)}
     inner = {f"{call}.function.{name}": f"{path}.{own}" for call, path in paths.items() for name, own in _CALL_FIELDS}
-    translation.add_message(message.path, said, **paths, **inner)
+    translation.add_message(message.path, translated, **paths, **inner)
 
 
 _CALL_FIELDS = (("name", "name"), ("arguments", "input"))

@@ -82,24 +82,24 @@ def _add_messages(fields: Fields, translation: Translation) -> None:
     waiting: list[tuple[str, str]] = []
     for number, message in enumerate(fields.objects("messages", _MAX_MESSAGES)):
         role, content = message.required_text("role"), message.text("content") or ""
-        said: dict[str, Any] = {"role": role, "content": content}
+        translated: dict[str, Any] = {"role": role, "content": content}
         message.refuse({"images": []})
         thought = message.text("thinking")
         if thought and role == "assistant":
-            said["reasoning_content"] = thought
+            translated["reasoning_content"] = thought
         calls = [
             _call(call, f"call_{number}_{place}", translation, f"messages[{number}].tool_calls[{place}]")
             for place, call in enumerate(message.objects("tool_calls", _MAX_CALLS))
         ]
         if calls:
             waiting += [(call["id"], call["function"]["name"]) for call in calls]
-            said |= {"content": content or None, "tool_calls": calls}
+            translated |= {"content": content or None, "tool_calls": calls}
         if role == "tool":
-            said["tool_call_id"] = _answered(message, waiting)
+            translated["tool_call_id"] = _answered(message, waiting)
         else:
             message.ignore("tool_call_id", "tool_name")
         message.refuse_others()
-        translation.add_message(message.path, said)
+        translation.add_message(message.path, translated)
 
 
 def _call(call: Fields, usual_id: str, translation: Translation, path: str) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def _is_thinking(wanted: ChatRequest, text: str) -> bool:
     """Whether the prompt leaves a thought open."""
     begin, end = THINK_MARKS
     if wanted.template.continues_last:
-        said = wanted.messages[-1]["content"] or ""
-        return begin in said and end not in said
+        last = wanted.messages[-1]["content"] or ""
+        return begin in last and end not in last
     return text.rstrip().endswith(begin)
 
 

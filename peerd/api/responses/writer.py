@@ -174,11 +174,11 @@ class ResponseWriter:
         item = begun | {"arguments": arguments, "status": "completed"}
         self._items.append(item)
         place = {"item_id": item["id"], "output_index": len(self._items) - 1}
-        said = "response.function_call_arguments"
+        event = "response.function_call_arguments"
         return [
             self._of_item("added", begun | {"arguments": "", "status": "in_progress"}),
-            {"type": f"{said}.delta", "delta": arguments} | place,
-            {"type": f"{said}.done", "arguments": arguments, "name": name} | place,
+            {"type": f"{event}.delta", "delta": arguments} | place,
+            {"type": f"{event}.done", "arguments": arguments, "name": name} | place,
             self._of_item("done", item),
         ]
 

@@ -51,8 +51,8 @@ async def read_own_adapter(receive: trio.MemoryReceiveChannel[RawMessage], count
     found: dict[tuple[int, str], torch.Tensor] = {}
     for _ in range(count):
         raw = await receive.receive()
-        said = read_parameter(raw)
-        found[said.block, said.name] = decoded(header_of(said.tensor), raw.body)
+        parameter = read_parameter(raw)
+        found[parameter.block, parameter.name] = decoded(header_of(parameter.tensor), raw.body)
     prompts = {block: values for (block, name), values in found.items() if name == PROMPT}
     pairs: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
     prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

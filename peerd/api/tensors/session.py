@@ -74,11 +74,11 @@ async def serve_session(websocket: WebSocket, models: Models) -> None:
 async def _read(websocket: WebSocket, send: trio.MemorySendChannel[RawMessage], scope: trio.CancelScope) -> None:
     """Pass on the client's messages, also while a step runs, so that we notice at once when it leaves."""
     while True:
-        said = await websocket.receive()
-        if said["type"] == "websocket.disconnect":
+        event = await websocket.receive()
+        if event["type"] == "websocket.disconnect":
             scope.cancel()
             return
-        data = said.get("bytes")
+        data = event.get("bytes")
         if data is None:
             raise RemoteProtocolError("a text message where messages are binary")
         raw = read_message(data)
@@ -239,8 +239,8 @@ class _Answers:
             prompt_header, prompt_parts = encode_tensor(found.prompts)
             prompts, parts = prompt_header.to_fields(), [*parts, *prompt_parts]
         parameters = 2 * (len(found.lora) + len(found.prefixes))
-        said = GradientsOutput(asked.seq, header.to_fields(), prompts, parameters)
-        return itertools.chain([message_bytes(said, parts)], gradient_messages(found))
+        reply = GradientsOutput(asked.seq, header.to_fields(), prompts, parameters)
+        return itertools.chain([message_bytes(reply, parts)], gradient_messages(found))
 
 
 def _nothing(width: int) -> torch.Tensor:

@@ -165,12 +165,12 @@ def own_names() -> frozenset[str]:
 
 def desktop_idle_s(text: str, now: float) -> float | None:
     """Of `loginctl show-seat`, since when the desktop's user is idle; None if nobody uses one, or it does not say."""
-    said = dict(line.partition("=")[::2] for line in text.splitlines())
-    if not said.get("ActiveSession"):
+    properties = dict(line.partition("=")[::2] for line in text.splitlines())
+    if not properties.get("ActiveSession"):
         return None
-    if said.get("IdleHint") == "no":
+    if properties.get("IdleHint") == "no":
         return 0.0
-    since = said.get("IdleSinceHint", "")
+    since = properties.get("IdleSinceHint", "")
     return now - int(since) / 1e6 if since.isdigit() and int(since) else None
 
 

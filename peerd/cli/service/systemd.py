@@ -76,8 +76,8 @@ async def uninstall(name: str) -> None:
 async def show(name: str) -> bool:
     """Print what systemd says of the service. Returns whether it runs. Raises InvalidRequest."""
     fields = "LoadState,ActiveState,SubState,UnitFileState,MainPID,NRestarts,StatusText,Result"
-    said = await _systemctl("show", "--property", fields, name)
-    found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+    output = await _systemctl("show", "--property", fields, name)
+    found = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     if found.get("LoadState") != "loaded":
         raise InvalidRequest(f"there is no service {name}: peerd service install makes one")
     lines = [
@@ -130,6 +130,6 @@ async def _systemctl(*arguments: str) -> str:
     except trio.TooSlowError:
         raise InvalidRequest(f"systemctl --user {arguments[0]} did not end within {_DEADLINE_S:g} s") from None
     if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split()) or f"it ended with {done.returncode}"
-        raise InvalidRequest(f"systemctl --user {' '.join(arguments)} failed: {said}")
+        problem = " ".join(done.stderr.decode(errors="replace").split()) or f"it ended with {done.returncode}"
+        raise InvalidRequest(f"systemctl --user {' '.join(arguments)} failed: {problem}")
     return done.stdout.decode(errors="replace")

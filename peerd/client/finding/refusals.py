@@ -63,31 +63,31 @@ class Refusals:
         """Whether no single peer can be the cause of all of them."""
         if len(self._said) < 2:
             return False
-        voices = [{self._voice(peer) for peer in said.peers} for said in self._said]
+        voices = [{self._voice(peer) for peer in refusal.peers} for refusal in self._said]
         return not set.intersection(*voices)
 
     def note(self, error: PeerdError, speaker: PeerId, beside: Collection[PeerId] = ()) -> None:
         """Note that `speaker` refuses, and that the hops `beside` it may be the cause."""
         now = self._now()
-        self._said = [said for said in self._said if now < said.at_s + FORGOTTEN_S]
+        self._said = [refusal for refusal in self._said if now < refusal.at_s + FORGOTTEN_S]
         self._said.append(_Refusal(error, speaker, tuple(beside), now))
 
     def left_out(self) -> set[PeerId]:
         """The peers to leave out: those that have a part in most refusals, and among several of them those that refused
         themselves.
         """
-        parts = Counter(self._voice(peer) for said in self._said for peer in said.peers)
+        parts = Counter(self._voice(peer) for refusal in self._said for peer in refusal.peers)
         most = max(parts.values(), default=0)
         if most <= self._tolerated:
             return set()
-        suspects = {peer for said in self._said for peer in said.peers if parts[self._voice(peer)] == most}
-        speakers = {said.speaker for said in self._said} & suspects
+        suspects = {peer for refusal in self._said for peer in refusal.peers if parts[self._voice(peer)] == most}
+        speakers = {refusal.speaker for refusal in self._said} & suspects
         return speakers or suspects
 
     def settle(self, serving: Collection[PeerId]) -> set[PeerId]:
         """Note that these hops answered the request, and forget its refusals. Returns the peers to blame for them."""
         out = self.left_out() - set(serving)
-        speakers = {said.speaker for said in self._said}
+        speakers = {refusal.speaker for refusal in self._said}
         if out:
             self._said.clear()
         # If none of several suspects refused itself, one may have been the cause and the others not, so none is blamed.

@@ -113,8 +113,8 @@ class TrainingLane:
         shape = (sum(rows), self._width)
 
         async def read(seq: int) -> ForwardAnswer:
-            said = await self._hear(Result, seq)
-            return ForwardAnswer(await receive_parts(self._stream, shape), seq if said.kept else None)
+            reply = await self._hear(Result, seq)
+            return ForwardAnswer(await receive_parts(self._stream, shape), seq if reply.kept else None)
 
         return await self._ask(lambda seq: Forward(seq, rows, keep), (hidden,), read)
 
@@ -126,9 +126,9 @@ class TrainingLane:
         """
 
         async def read(seq: int) -> BackwardAnswer:
-            said = await self._hear(PassGradients, seq)
+            reply = await self._hear(PassGradients, seq)
             back = await receive_parts(self._stream, grad.shape)
-            return BackwardAnswer(back, await self._read_gradients(said.parameters))
+            return BackwardAnswer(back, await self._read_gradients(reply.parameters))
 
         tensors = (hidden, grad) if kept is None else (grad,)
         return await self._ask(lambda seq: Backward(seq, rows, kept), tensors, read)
@@ -184,13 +184,13 @@ class TrainingLane:
     async def _hear(self, kind: type[M], seq: int) -> M:
         """The head of the answer to request `seq`."""
         with trio.move_on_after(ANSWER_DEADLINE_S):
-            said = parse((await self._stream.receive()).header, (kind, PassFailure))
-            if isinstance(said, PassFailure):
-                raise said.error
-            assert isinstance(said, kind)
-            if said.seq != seq:
-                raise RemoteProtocolError(f"an answer to request {said.seq} where {seq} was next")
-            return said
+            reply = parse((await self._stream.receive()).header, (kind, PassFailure))
+            if isinstance(reply, PassFailure):
+                raise reply.error
+            assert isinstance(reply, kind)
+            if reply.seq != seq:
+                raise RemoteProtocolError(f"an answer to request {reply.seq} where {seq} was next")
+            return reply
         raise Unresponsive(f"{self.hop.peer_id} computed nothing within {ANSWER_DEADLINE_S:g} s")
 
     async def _read_gradients(self, count: int) -> dict[tuple[int, str], torch.Tensor]:
@@ -199,11 +199,11 @@ class TrainingLane:
         if count != len(own):
             raise RemoteProtocolError(f"{count} gradients of {len(own)} parameters")
         for _ in range(count):
-            said = parse((await self._stream.receive()).header, (Parameter,))
-            expected = own.get((said.block, said.name))
-            if expected is None or tuple(expected.shape) != said.shape or (said.block, said.name) in gradients:
-                raise RemoteProtocolError(f"a gradient of {said.name} in block {said.block}, shape {said.shape}")
-            gradients[said.block, said.name] = await receive_parts(self._stream, said.shape)
+            header = parse((await self._stream.receive()).header, (Parameter,))
+            expected = own.get((header.block, header.name))
+            if expected is None or tuple(expected.shape) != header.shape or (header.block, header.name) in gradients:
+                raise RemoteProtocolError(f"a gradient of {header.name} in block {header.block}, shape {header.shape}")
+            gradients[header.block, header.name] = await receive_parts(self._stream, header.shape)
         return gradients
 
     def _break(self, error: PeerdError) -> PeerdError:
@@ -261,19 +261,19 @@ async def _send_parameters(stream: Stream, begin: Begin, parameters: Parameters)
     with suppress(ConnectionLost, StreamReset, trio.ClosedResourceError):
         await stream.send(begin.to_header(), priority=Priority.BULK)
         for (block, name), tensor in parameters.items():
-            said = Parameter(block, name, tuple(tensor.shape))
-            await stream.send(said.to_header(), priority=Priority.BULK)
+            header = Parameter(block, name, tuple(tensor.shape))
+            await stream.send(header.to_header(), priority=Priority.BULK)
             await send_parts(stream, tensor, codec="exact", dtype=torch.float32)
 
 
 async def _hear_begun(stream: Stream, hop: Hop) -> Begun:
     try:
         with trio.move_on_after(ANSWER_DEADLINE_S):
-            said = parse((await stream.receive()).header, (Begun, PassFailure))
-            if isinstance(said, PassFailure):
-                raise said.error
-            assert isinstance(said, Begun)
-            return said
+            reply = parse((await stream.receive()).header, (Begun, PassFailure))
+            if isinstance(reply, PassFailure):
+                raise reply.error
+            assert isinstance(reply, Begun)
+            return reply
     except trio.EndOfChannel:
         raise ConnectionLost(f"{hop.peer_id} ended the lane") from None
     except StreamReset as reset:

@@ -172,9 +172,9 @@ class TrainingChain:
             case AskAgain(is_blamed=True):
                 self._finder.failed(hop.peer_id)
             case AskAgain(is_doubted=True):
-                said = self._objections.setdefault(hop.span.start, self._refusals())
-                said.note(error, hop.peer_id)
-                if said.are_believed:
+                refusals = self._objections.setdefault(hop.span.start, self._refusals())
+                refusals.note(error, hop.peer_id)
+                if refusals.are_believed:
                     raise error
         self._faults_without_answer += 1
         if self._faults_without_answer > MAX_FAULTS_WITHOUT_ANSWER and not isinstance(error, Overloaded):
@@ -213,7 +213,8 @@ class TrainingChain:
 
     def _said_against_us(self) -> PeerdError | None:
         """What a peer last said of our request, if no other peer has answered since."""
-        return next((said.error for said in (*self._overflows.values(), *self._objections.values()) if said), None)
+        every = (*self._overflows.values(), *self._objections.values())
+        return next((refusals.error for refusals in every if refusals), None)
 
     def _refusals(self) -> Refusals:
         return Refusals(tolerated=0, voice=partial(voice_of, self._connections), now=trio.current_time)

@@ -55,11 +55,11 @@ def read_trained(source: str | Path, hub: HubSettings | None = None) -> TrainedF
             raise FileNotFoundError(f"{path} is missing: save_pretrained of a remote model writes it")
         try:
             with safe_open(path, framework="pt") as file:
-                said = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-    return TrainedFile(str(source), said.get("base_model", ""), said.get("model_digest", ""), tensors)
+    return TrainedFile(str(source), metadata.get("base_model", ""), metadata.get("model_digest", ""), tensors)
 
 
 @contextmanager

@@ -290,8 +290,8 @@ def test_of_several_that_mean_to_close_a_gap_the_first_goes_and_the_others_stay(
     online = [make_holding(number, "0:4") for number in range(2)]
     intend = [make_holding(number, "4:8", state="joining", slot=8) for number in range(2)]
     swarm = [*online, *intend]
-    assert choose_move(swarm, online[first], 8, said=Span(4, 8)) == Span(4, 8)
-    assert choose_move(swarm, online[second], 8, said=Span(4, 8)) is None
+    assert choose_move(swarm, online[first], 8, intended=Span(4, 8)) == Span(4, 8)
+    assert choose_move(swarm, online[second], 8, intended=Span(4, 8)) is None
     # A server that has not announced anything yet gives way to all others.
     assert choose_move([*online, intend[second]], online[first], 8) is None
 
@@ -300,4 +300,4 @@ def test_nobody_goes_before_another_that_has_begun(make_holding: MakeHolding) ->
     first, second = in_order(make_holding, 2)
     own, intends = make_holding(first, "0:4"), make_holding(second, "4:8", state="joining", slot=8)
     for begun in (make_holding(second, "0:4", state="draining"), make_holding(second, "4:8", state="joining", slot=0)):
-        assert choose_move([own, make_holding(2, "0:4"), begun, intends], own, 8, said=Span(4, 8)) != Span(4, 8)
+        assert choose_move([own, make_holding(2, "0:4"), begun, intends], own, 8, intended=Span(4, 8)) != Span(4, 8)
