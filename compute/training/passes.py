@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 
 from peerd.compute.adapters.span_adapters import SpanAdapters
-from peerd.compute.attention.prefix import widths_of_cache
 from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import SpanModel
 from peerd.compute.training.memory import (
@@ -27,33 +26,12 @@ from peerd.compute.training.memory import (
     signature,
 )
 from peerd.compute.training.micro_batches import MicroBatch, cut_rows
-from peerd.compute.training.tunables import (
-    BlockLeaves,
-    BlockShapes,
-    Tunables,
-    check_shape,
-    linear_widths,
-    with_leaves,
-    with_prompt,
-)
+from peerd.compute.training.pass_input import PassInput, PassLimits
+from peerd.compute.training.tunables import BlockLeaves, with_leaves, with_prompt
 from peerd.protocol.span import Span
 
 # More positions at once make no CPU faster, and inference waits for one block of a micro-batch.
 MICRO_POSITIONS = 1024
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PassInput:
-    """Rows to run through `blocks`: `hidden` is `[sum of rows, hidden_size]` on the CPU, `rows` their lengths.
-
-    `adapter` is one of the engine's, as frozen as its weights; `tunables` are the client's own.
-    """
-
-    blocks: Span
-    rows: tuple[int, ...]
-    hidden: torch.Tensor
-    tunables: Tunables = field(default_factory=Tunables)
-    adapter: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +84,9 @@ class PassRunner:
         self.memory = memory
         self.whole = whole
         self.adapters = adapters
+        #: What a pass may ask of these blocks.
+        self.limits = PassLimits(whole, adapters)
         self._part = part
-        self._known: dict[int, BlockShapes] = {}
         self._costs: dict[int, GraphBytes] = {}
         self._largest_weight_bytes = 0
 
@@ -130,7 +109,7 @@ class PassRunner:
 
     def plan(self, given: PassInput) -> list[MicroBatch]:
         """The micro-batches of a pass. Raises PassTooLargeError with the numbers, InvalidStepError."""
-        self._check(given)
+        self.limits.check(given)
         cost = self.cost(given.blocks)
         room = self.memory.working_bytes
         added, a_position = given.tunables.working_bytes()
@@ -163,29 +142,6 @@ class PassRunner:
         """The memory that passes over these blocks take."""
         costs = tuple(self._costs[block] for block in range(blocks.start, blocks.end))
         return SpanCost(costs, self.whole.hidden_size * self.whole.dtype.itemsize, self._largest_weight_bytes)
-
-    def check_count(self, blocks: Span, parameters: int) -> None:
-        """Whether these blocks can have so many prompts, prefixes and LoRA tensors. Raises InvalidStepError."""
-        most = sum(self._shapes(block).most_tensors for block in self._own(blocks))
-        if parameters > most:
-            raise InvalidStepError(f"{parameters} parameters for blocks {blocks}, which have {most} at most")
-
-    def check_parameter(self, blocks: Span, block: int, name: str, shape: Sequence[int]) -> None:
-        """Whether one of these blocks can have such a prompt, prefix or LoRA tensor. Raises InvalidStepError."""
-        if not blocks.start <= block < blocks.end or block not in self._own(blocks):
-            raise InvalidStepError(f"{name} is for block {block}, which this pass does not run")
-        check_shape(name, shape, self._shapes(block))
-
-    def _own(self, blocks: Span) -> range:
-        span = self.whole.span
-        return range(max(span.start, blocks.start), min(span.end, blocks.end))
-
-    def _shapes(self, block: int) -> BlockShapes:
-        if block not in self._known:
-            whole, index = self.whole, block - self.whole.span.start
-            cache = widths_of_cache(whole.kinds[index], attention_interface=whole.family.attention_interface)
-            self._known[block] = BlockShapes(linear_widths(whole.layers[index]), whole.hidden_size, cache)
-        return self._known[block]
 
     def forward(self, given: PassInput, micros: list[MicroBatch], tape_bytes: int = 0) -> ForwardWork:
         """A forward pass, which leaves a tape if `tape_bytes` suffice for one."""
@@ -241,21 +197,6 @@ class PassRunner:
         with torch.enable_grad(), KeptBytes([*self.whole.parameters(), *self.whole.buffers()]) as kept:
             self.run_block(block, micro, hidden, BlockLeaves(), "")
         return kept.total
-
-    def _check(self, given: PassInput) -> None:
-        span = self.whole.span
-        if not (span.start <= given.blocks.start < given.blocks.end <= span.end):
-            raise InvalidStepError(f"blocks {given.blocks} are not in {span}")
-        if not given.rows or min(given.rows) < 1:
-            raise InvalidStepError("a pass has rows of at least one position")
-        if given.adapter and given.adapter not in self.adapters.names:
-            raise InvalidStepError(f"there is no adapter {given.adapter!r} here")
-        if tuple(given.hidden.shape) != (sum(given.rows), self.whole.hidden_size):
-            raise InvalidStepError(
-                f"hidden states have shape {list(given.hidden.shape)}, not {[sum(given.rows), self.whole.hidden_size]}"
-            )
-        shapes = {block: self._shapes(block) for block in range(given.blocks.start, given.blocks.end)}
-        given.tunables.check(shapes, given.rows)
 
 
 class ForwardWork(TrainingWork):

@@ -19,7 +19,8 @@ from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import SpanModel, part_of
 from peerd.compute.training.memory import PassMemory
 from peerd.compute.training.micro_batches import MicroBatch
-from peerd.compute.training.passes import BackwardWork, PassInput, PassRunner, Tape, TrainingWork
+from peerd.compute.training.pass_input import PassInput
+from peerd.compute.training.passes import BackwardWork, PassRunner, Tape, TrainingWork
 from peerd.compute.training.tunables import BlockLeaves
 from peerd.protocol.span import Span
 

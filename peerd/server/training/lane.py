@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import trio
 
-from peerd.compute.training.passes import PassInput, PassRunner, Tape
+from peerd.compute.training.pass_input import PassInput
+from peerd.compute.training.passes import PassRunner, Tape
 from peerd.compute.training.tunables import Tunables
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
@@ -100,7 +101,7 @@ class Lane:
         """Answer requests until the client ends the lane. Raises the error that ended it."""
         begin = self._begin
         with wire_errors():
-            self._passes.check_count(self._blocks, begin.parameters)
+            self._passes.limits.check_count(self._blocks, begin.parameters)
         # Twice: the received tensors and their copies on the device.
         self._hold(2 * begin.values * MAX_EXACT_VALUE_BYTES + begin.parameters * PARAMETER_BYTES)
         self._tunables = await self._receive_parameters()
@@ -164,7 +165,7 @@ class Lane:
                     " announced"
                 )
             with wire_errors():
-                self._passes.check_parameter(self._blocks, parameter.block, parameter.name, parameter.shape)
+                self._passes.limits.check_parameter(self._blocks, parameter.block, parameter.name, parameter.shape)
             if (parameter.block, parameter.name) in tensors:
                 raise InvalidRequest(f"{parameter.name} of block {parameter.block} came twice")
             tensors[parameter.block, parameter.name] = (await receive_parts(self._stream, parameter.shape)).float()

@@ -14,7 +14,8 @@ import torch
 import trio
 
 from peerd.compute.errors import CheckpointError
-from peerd.compute.training.passes import PassInput, Tape
+from peerd.compute.training.pass_input import PassInput
+from peerd.compute.training.passes import Tape
 from peerd.compute.training.span_trainer import SpanTrainer
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream

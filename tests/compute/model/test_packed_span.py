@@ -32,7 +32,7 @@ from peerd.compute.quantized.group_matrix import Choice
 from peerd.compute.quantized.groups import Grid
 from peerd.compute.quantized.modules import matrices_in
 from peerd.compute.steps import EngineStep
-from peerd.compute.training.passes import PassInput
+from peerd.compute.training.pass_input import PassInput
 from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 from tests.compute.device_turns import device_turns

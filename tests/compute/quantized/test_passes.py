@@ -12,7 +12,7 @@ from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.model.span_model import load_span
-from peerd.compute.training.passes import PassInput
+from peerd.compute.training.pass_input import PassInput
 from peerd.protocol.span import Span
 from tests.compute.device_turns import device_turns
 

@@ -19,7 +19,8 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import load_span
 from peerd.compute.training.memory import KeptBytes, PassMemory, PassTooLargeError
-from peerd.compute.training.passes import PassInput, PassRunner
+from peerd.compute.training.pass_input import PassInput
+from peerd.compute.training.passes import PassRunner
 from peerd.compute.training.tunables import Tunables, linear_widths
 from peerd.protocol.span import Span
 from tests.compute.device_turns import device_turns

@@ -19,7 +19,7 @@ from peerd.compute.errors import AdapterError, InvalidStepError
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
-from peerd.compute.training.passes import PassInput
+from peerd.compute.training.pass_input import PassInput
 from peerd.compute.training.tunables import Tunables
 from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
@@ -184,7 +184,7 @@ def test_what_caches_no_plain_keys_takes_no_prefix(tmp_path: Path) -> None:
         engine.load_adapter("own", {(0, PREFIX_K): DeepPrompt(torch.ones(2, 16))})
     assert engine.passes is not None
     with pytest.raises(InvalidStepError, match="takes no prefix_v"):
-        engine.passes.check_parameter(Span(0, 2), 1, PREFIX_V, (2, 16))
+        engine.passes.limits.check_parameter(Span(0, 2), 1, PREFIX_V, (2, 16))
 
 
 def test_a_prefix_that_does_not_fit_is_refused(tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -195,7 +195,7 @@ def test_a_prefix_that_does_not_fit_is_refused(tiny_checkpoint: Callable[[str], 
     with pytest.raises(AdapterError, match="block 1: a prefix_v 33 wide, its heads together are 32 wide"):
         engine.load_adapter("own", {(1, PREFIX_V): DeepPrompt(torch.ones(2, 33))})
     with pytest.raises(InvalidStepError, match=r"a prefix_k of shape \[1, 2, 32\] is not \[n, 32\]"):
-        passes.check_parameter(Span(0, 3), 1, PREFIX_K, (1, 2, 32))
+        passes.limits.check_parameter(Span(0, 3), 1, PREFIX_K, (1, 2, 32))
     passes.measure()
     given = PassInput(Span(0, 3), (4,), torch.zeros(4, 32), Tunables({(1, PREFIX_K): torch.ones(5, 32)}))
     with pytest.raises(InvalidStepError, match="prefix_k of block 1 has 5 positions, a row only 4"):
