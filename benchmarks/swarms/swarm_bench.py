@@ -75,7 +75,7 @@ class Local:
 
 async def remote_times(model: SwarmModel, prompt: list[int], count: int) -> tuple[float, float]:
     """Return the same figures through the swarm."""
-    generation = model.generate(prompt, temperature=0.0, max_new_tokens=count, eos_token_ids=())
+    generation = model.generate(prompt, temperature=0.0, max_new_tokens=count, eos_token_ids=(), speculate=False)
     async for _ in generation:
         pass
     rate = generation.tokens_per_second
@@ -89,7 +89,9 @@ async def together(model: SwarmModel, prompts: list[list[int]], count: int) -> f
     everybody = trio.Event()
 
     async def one(prompt: list[int]) -> None:
-        generation = model.generate(prompt, temperature=0.0, max_new_tokens=count + 1, eos_token_ids=())
+        generation = model.generate(
+            prompt, temperature=0.0, max_new_tokens=count + 1, eos_token_ids=(), speculate=False
+        )
         async for token in generation:
             if token.position == len(prompt):
                 began.append(time.perf_counter())
