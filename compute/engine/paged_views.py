@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from peerd.compute.attention.attention import Scores, Visible, attend
 from peerd.compute.attention.paged import paged_decode
 from peerd.compute.attention.paged_rows import PagedRows
 from peerd.compute.attention.prefix import BatchPrefix
+from peerd.compute.attention.scores import Scores, Visible, attend
 from peerd.compute.device.staging import upload
 from peerd.compute.engine.decode_rows import DecodeRows, is_short, slots_of
 from peerd.compute.families.layer_kinds import LayerKind

@@ -12,7 +12,8 @@ from contextlib import nullcontext
 import torch
 
 from peerd.compute.adapters.span_adapters import SpanAdapters
-from peerd.compute.attention.attention import BatchView, RowView, SpanAttention
+from peerd.compute.attention.attention import SpanAttention
+from peerd.compute.attention.views import BatchView, RowView
 from peerd.compute.device.staging import Staging, upload
 from peerd.compute.engine.decode_graph import DecodeGraphs, on_device
 from peerd.compute.engine.paged_views import MixedView, can_page

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from peerd.compute.attention.attention import BatchView, RowView, SpanAttention, _attention_forward
+from peerd.compute.attention.attention import SpanAttention, _attention_forward
+from peerd.compute.attention.views import BatchView, RowView
 from peerd.compute.engine.paged_views import MixedView
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv.layout import lay_out
