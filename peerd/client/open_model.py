@@ -22,7 +22,7 @@ from peerd.client.head_task import HeadTask
 from peerd.client.model import SwarmModel
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
-from peerd.compute.adapters.span_adapters import linear_layers
+from peerd.compute.adapters.linear_layers import linear_layers
 from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.model.head import Head, load_head_model

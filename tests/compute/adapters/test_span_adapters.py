@@ -241,7 +241,7 @@ def test_quantized_layers_are_adapted_too(references, quantize):
 @pytest.mark.parametrize("at_once", [False, True])
 def test_many_adapters_in_one_batch_are_what_each_is_alone(references, monkeypatch, at_once):
     """One after the other, as a CPU runs them, or as one product, as a GPU does."""
-    monkeypatch.setattr("peerd.compute.adapters.span_adapters._pays_at_once", lambda *_: at_once)
+    monkeypatch.setattr("peerd.compute.adapters.routing._pays_at_once", lambda *_: at_once)
     reference = references("llama")
     engines = make_engines(reference)
     names = {"": ""}
@@ -261,7 +261,7 @@ def test_many_adapters_in_one_batch_are_what_each_is_alone(references, monkeypat
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("many", [1, 5])
 def test_what_overflows_under_one_adapter_reaches_no_other_session(references, monkeypatch, many, at_once):
-    monkeypatch.setattr("peerd.compute.adapters.span_adapters._pays_at_once", lambda *_: at_once)
+    monkeypatch.setattr("peerd.compute.adapters.routing._pays_at_once", lambda *_: at_once)
     reference = references("llama")
     (engine,) = make_engines(reference, CUT[:1])
     engine.load_adapter("a", reference.lora("a"))

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from peerd.client.blocks import ModelFacts, ServedBlocks
 from peerd.client.session.opener import Terms
+from peerd.compute.adapters.linear_layers import linear_layers
 from peerd.compute.adapters.lora import BlockModule
-from peerd.compute.adapters.span_adapters import linear_layers
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import AdapterError
 from peerd.compute.families.layer_kinds import layer_kinds
