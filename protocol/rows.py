@@ -11,8 +11,10 @@ from typing import Final
 
 #: A step of at most this many positions is a client that waits for a token; a larger one is a prefill.
 DECODE_POSITIONS: Final = 32
-#: Steps of this size let the hops of a chain work on one prefill at the same time.
+#: Steps of this size let the hops of a chain work on one prefill at the same time. A hop may ask for others.
 PREFILL_POSITIONS: Final = 128
+#: A hop asks for no less: such steps would pass for those of a client that waits for a token.
+LEAST_PREFILL_POSITIONS: Final = 2 * DECODE_POSITIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ class BaseEngine(ABC):
         # Positions that went through the blocks with a cache, replays included.
         self.positions_computed = 0
         self.batches_run = 0
+        #: The most positions of a batch.
+        self.batch_tokens = batch_tokens
         #: Training passes over this engine's span; None if the engine cannot train.
         self.passes: PassRunner | None = None
         self._pool = PagePool(layout.page_sets(kv_tokens, page_tokens), page_tokens, layout.groups)

@@ -51,7 +51,7 @@ from peerd.protocol.messages.session_fields import (
     row_slices,
     short_text,
 )
-from peerd.protocol.rows import Drop, Fork, Op, RowSlice, SessionSize
+from peerd.protocol.rows import LEAST_PREFILL_POSITIONS, PREFILL_POSITIONS, Drop, Fork, Op, RowSlice, SessionSize
 
 INFER_PROTOCOL = "/peerd/infer/2"
 LINK_PROTOCOL = "/peerd/link/2"
@@ -129,7 +129,7 @@ class Opened(Message):
     """Hop to client: the KV memory is committed.
 
     have: how many positions of each row the hop already caches. receipt_every: after how many positions it wants a
-    receipt; 0: never.
+    receipt; 0: never. step_positions: into steps of how many positions a long prompt should be cut.
     """
 
     TYPE: ClassVar[str] = "opened"
@@ -137,6 +137,7 @@ class Opened(Message):
     max_steps: int = required(integer(1, 64))
     have: tuple[tuple[int, int], ...] = optional(row_lengths, ())
     receipt_every: int = optional(receipt_every, 0)
+    step_positions: int = optional(integer(LEAST_PREFILL_POSITIONS, MAX_STEP_POSITIONS), PREFILL_POSITIONS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from peerd.client.session.supervisor import Supervisor
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.protocol.messages.session import Progress, Want
-from peerd.protocol.rows import PREFILL_POSITIONS, Op, RowSlice
+from peerd.protocol.rows import Op, RowSlice
 from peerd.trio_tools import at_once
 
 __all__ = ["Patience", "Session"]
@@ -157,17 +157,19 @@ class Session:
         if not hidden.isfinite().all():
             raise InvalidRequest("hidden has values that are not finite")
         self.log.check(hidden, rows, ops)
-        if len(rows) != 1 or rows[0].count <= PREFILL_POSITIONS:
+        if len(rows) != 1 or rows[0].count <= self._supervisor.step_positions:
             return [await self._submit(hidden, rows, ops, want)]
         parts: list[Pending] = []
-        whole = rows[0]
-        for offset in range(0, whole.count, PREFILL_POSITIONS):
-            count = min(PREFILL_POSITIONS, whole.count - offset)
+        whole, offset = rows[0], 0
+        while offset < whole.count:
+            # What is submitted before a chain is open is cut as most hops want it.
+            count = min(self._supervisor.step_positions, whole.count - offset)
             last = offset + count == whole.count
             piece = RowSlice(whole.row, whole.start + offset, count)
             wanted: Want = want if want == "all" or last else "none"
             part = hidden[offset : offset + count]
             parts.append(await self._submit(part, (piece,), () if offset else ops, wanted, parts))
+            offset += count
         return parts
 
     async def _submit(

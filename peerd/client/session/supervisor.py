@@ -43,6 +43,7 @@ from peerd.client.session.troubles import (
     still_stands,
 )
 from peerd.protocol.errors import Overloaded, PeerdError, Unresponsive
+from peerd.protocol.rows import PREFILL_POSITIONS
 from peerd.protocol.span import Span
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,11 @@ class Supervisor:
         """How many steps may be unanswered at a time: the least that any hop grants."""
         granted = [control.opened.max_steps for control in self.chain.controls]
         return min(granted, default=self._spec.terms.max_steps)
+
+    @property
+    def step_positions(self) -> int:
+        """Into steps of how many positions a long prompt is cut: the least that any hop asks for."""
+        return min((control.opened.step_positions for control in self.chain.controls), default=PREFILL_POSITIONS)
 
     @property
     def epoch(self) -> int:

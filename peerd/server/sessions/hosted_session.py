@@ -43,6 +43,7 @@ from peerd.protocol.messages.session import (
     Route,
     Step,
 )
+from peerd.protocol.rows import LEAST_PREFILL_POSITIONS
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 from peerd.server.sessions.acknowledged import RECEIPT_EVERY, Acknowledged
@@ -202,7 +203,19 @@ class HostedSession:
 
     def _opened(self, have: tuple[tuple[int, int], ...]) -> Opened:
         every = RECEIPT_EVERY if self.receipts is not None else 0
-        return Opened(epoch=self._outlet.epoch, max_steps=self.max_steps, have=have, receipt_every=every)
+        return Opened(
+            epoch=self._outlet.epoch,
+            max_steps=self.max_steps,
+            have=have,
+            receipt_every=every,
+            step_positions=self._step_positions,
+        )
+
+    @property
+    def _step_positions(self) -> int:
+        """How long the steps of a prompt should be: two fill a batch, so that one travels while one is computed."""
+        half = self._engine.engine.batch_tokens // 2
+        return min(MAX_STEP_POSITIONS, max(LEAST_PREFILL_POSITIONS, half))
 
     def acknowledge(self, signed: bytes) -> None:
         """Count a receipt of the client's. Raises RemoteProtocolError."""

@@ -279,6 +279,26 @@ async def test_a_long_step_that_is_given_up_in_the_middle_says_why(open_swarm, w
         assert torch.equal(await session.step(row, start=0), whole_forward(row, 9)[-1:])
 
 
+async def test_a_long_step_is_cut_as_the_hop_wants_it_that_wants_the_shortest_pieces(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        pieces = []
+        for start, batch_tokens in ((0, 512), (6, 2048)):
+            await swarm.serve(start, start + 6, batch_tokens=batch_tokens)
+            session = await (await swarm.client()).session(Span(0, start + 6), max_length=1024)
+            await session.open()
+            before = session.log.asked
+            assert torch.equal(await session.step(tokens(1000)), whole_forward(tokens(1000), start + 6)[-1:])
+            pieces.append(session.log.asked - before)
+        await swarm.serve(6, 12, batch_tokens=16)
+        assert pieces == [4, 4]
+        session = await (await swarm.client()).session(Span(6, 12), max_length=1024)
+        swarm.kill(swarm.hosts[1])
+        await session.open()
+        before = session.log.asked
+        await session.step(tokens(1000))
+        assert session.log.asked - before == 16
+
+
 async def test_blocks_of_a_dead_server_that_is_still_announced_are_named_as_missing(open_swarm):
     async with open_swarm() as swarm:
         hosts = await chain_of_three(swarm)
