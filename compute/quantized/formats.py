@@ -79,8 +79,16 @@ class Format(Storage):
     ) -> torch.Tensor:
         """Dequantize to `[rows, columns]`."""
 
-    def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
-        """Multiply `x`, `[n, columns]`, by the run's transpose: `[n, rows]`."""
+    def has_cpu_kernel(self, columns: int, dtype: torch.dtype) -> bool:
+        """Whether the CPU has a product of values as they are stored, which is faster than converting them for some
+        numbers of rows (`product_choice.py`).
+        """
+        return False
+
+    def linear(
+        self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int, *, kernel_rows: int = 0
+    ) -> torch.Tensor:
+        """Multiply `x`, `[n, columns]`, by the run's transpose: `[n, rows]`; by the CPU's kernel up to so many rows."""
         return F.linear(x, self.unpack(values, scales, (rows, x.shape[1]), x.dtype))
 
     def product_of_few(
@@ -124,17 +132,17 @@ class Int8(Format):
     ) -> torch.Tensor:
         return (values.view(shape) * (scales / 127.0)[:, None]).to(dtype)
 
-    def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
+    def has_cpu_kernel(self, columns: int, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 and not columns % INT8_STRIDE
+
+    def linear(
+        self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int, *, kernel_rows: int = 0
+    ) -> torch.Tensor:
         if x.dtype == torch.float16:
             # In fp16, sums of values that are not scaled yet would overflow.
             return super().linear(x, values, scales, rows)
         weights, gains = values.view(rows, x.shape[1]), (scales / 127.0).to(x.dtype)
-        if (
-            x.dtype == torch.bfloat16
-            and x.device.type == "cpu"
-            and 0 < len(x) <= _FEW_ROWS
-            and not x.shape[1] % INT8_STRIDE
-        ):
+        if 0 < len(x) <= kernel_rows and x.device.type == "cpu" and self.has_cpu_kernel(x.shape[1], x.dtype):
             product: torch.Tensor = torch._weight_int8pack_mm(x, weights, gains)
             return product
         # Integers up to 127 are exact in every dtype. Scaling the result rounds once; scaling the weights would round
@@ -151,9 +159,8 @@ class Int8(Format):
         return int8_product(x, values, scales, rows)
 
 
-# Up to this many rows torch's own product of bf16 and int8 is faster (one row: 3 ms instead of 8).
-_FEW_ROWS = 8
-# That product does not check widths, and reads past the end of rows that end within one of its vectors.
+# Torch's own product of bf16 and int8 does not check widths, and reads past the end of rows that end within one of its
+# vectors.
 INT8_STRIDE = 64
 
 
@@ -191,7 +198,9 @@ class Nf4(Format):
         result: torch.Tensor = flat.reshape(-1)[: math.prod(shape)].view(shape)
         return result
 
-    def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int, *, kernel_rows: int = 0
+    ) -> torch.Tensor:
         if x.device.type == "cpu" or x.shape[1] % self.group:
             return super().linear(x, values, scales, rows)
         package = load_bitsandbytes()

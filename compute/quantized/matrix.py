@@ -87,6 +87,8 @@ class QuantizedMatrix(StoredMatrix):
         self.form = form
         self.values = values
         self.scales = scales
+        #: Up to how many rows the CPU's own kernel multiplies; `product_choice.choose_products` sets it.
+        self.kernel_rows = 0
 
     def __repr__(self) -> str:
         return f"<QuantizedMatrix {self.form.name} [{self.rows}, {self.columns}] on {self.values.device}>"
@@ -111,11 +113,12 @@ class QuantizedMatrix(StoredMatrix):
             return few.view(*x.shape[:-1], self.rows)
         runs = list(self.form.runs(self.rows, self.columns, self.values.device))
         if len(runs) == 1:
-            result = self.form.linear(flat, self.values, self.scales, self.rows)
+            result = self.form.linear(flat, self.values, self.scales, self.rows, kernel_rows=self.kernel_rows)
         else:
             result = flat.new_empty(len(flat), self.rows)
             for start, end in runs:
-                result[:, start:end] = self.form.linear(flat, *self._stored(start, end), end - start)
+                values, scales = self._stored(start, end)
+                result[:, start:end] = self.form.linear(flat, values, scales, end - start, kernel_rows=self.kernel_rows)
         return result.view(*x.shape[:-1], self.rows)
 
     def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:

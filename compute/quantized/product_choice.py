@@ -1,4 +1,4 @@
-"""Measures how packed matrices are multiplied fastest on this CPU, and whether that is faster than plain ones.
+"""Measures how packed and int8 matrices are multiplied fastest on this CPU, and whether packed ones beat plain ones.
 
 When a span is loaded, the kernel is compared for each shape with slices at some numbers of rows, on matrices of the
 span itself, so many that they do not all stay in the CPU's cache. Ways are timed alternately, and the fastest turn of
@@ -20,6 +20,7 @@ from torch import nn
 from peerd.compute.device.measurements import device_name, remembered
 from peerd.compute.quantized.group_matrix import Choice, GroupMatrix
 from peerd.compute.quantized.groups import GROUPS, group_form, has_kernel
+from peerd.compute.quantized.matrix import QuantizedMatrix
 from peerd.compute.quantized.modules import matrices_in
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,60 @@ def seconds_of(way: Way) -> float:
 
 
 def choose_products(module: nn.Module) -> None:
-    """Set for each packed matrix inside `module` how it is multiplied. The first time it takes a second or two."""
+    """Set for each packed or int8 matrix inside `module` how it is multiplied. The first time it takes a second or
+    two.
+    """
+    found = list(matrices_in(module))
+    _choose_packed([matrix for matrix in found if isinstance(matrix, GroupMatrix)])
+    _choose_quantized([matrix for matrix in found if isinstance(matrix, QuantizedMatrix)])
+
+
+def _choose_quantized(found: Sequence[QuantizedMatrix]) -> None:
+    by_shape: dict[tuple[int, int], list[QuantizedMatrix]] = {}
+    for matrix in found:
+        if matrix.values.device.type == "cpu" and matrix.form.has_cpu_kernel(matrix.columns, matrix.dtype):
+            by_shape.setdefault((matrix.rows, matrix.columns), []).append(matrix)
+    for matrices in by_shape.values():
+        first = matrices[0]
+        key = f"{_machine()} | {first.form.name} {first.columns}x{first.rows} {first.dtype} | rows of the kernel"
+        # No zeros are remembered.
+        rows = int(remembered("quantized_products", key, partial(_one_more_row, matrices))) - 1
+        log.info("%d of %r: the kernel up to %d rows", len(matrices), first, rows)
+        for matrix in matrices:
+            matrix.kernel_rows = rows
+
+
+def _one_more_row(matrices: Sequence[QuantizedMatrix]) -> float:
+    return 1.0 + quantized_kernel_rows(matrices)
+
+
+def quantized_kernel_rows(matrices: Sequence[QuantizedMatrix], timing: Timing = seconds_of) -> int:
+    """Up to how many rows the CPU's kernel is faster than converting the values; 0: for none."""
+    first = matrices[0]
+    timed = matrices[: max(1, _TIMED_BYTES // first.values.nbytes)]
+
+    def by(kernel_rows: int, x: torch.Tensor) -> Way:
+        def run() -> None:
+            for matrix in timed:
+                matrix.kernel_rows = kernel_rows
+                matrix.multiply(x)
+
+        return run
+
+    limit = 0
+    for rows in (1, *ROWS):
+        x = torch.randn(rows, first.columns, generator=torch.Generator().manual_seed(rows)).to(first.dtype)
+        kernel, converted = _fastest([by(rows, x), by(0, x)], timing)
+        if kernel > converted:
+            break
+        limit = rows
+    return limit
+
+
+def _choose_packed(found: Sequence[GroupMatrix]) -> None:
     by_shape: dict[tuple[int, int, int, int], list[GroupMatrix]] = {}
-    for matrix in matrices_in(module):
-        if isinstance(matrix, GroupMatrix) and matrix.planes.device.type == "cpu":
+    for matrix in found:
+        if matrix.planes.device.type == "cpu":
             key = (matrix.rows, matrix.columns, matrix.form.bits, matrix.form.group)
             by_shape.setdefault(key, []).append(matrix)
     for matrices in by_shape.values():

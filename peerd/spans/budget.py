@@ -34,8 +34,6 @@ from peerd.protocol.span import Span
 from peerd.server.quotas import AdapterRoom
 from peerd.spans.spec import AUTO, ENGINES, LLAMACPP, TORCH, ServeSpec
 
-# Enough for 16 sessions of 4096 positions. An operator who wants more uses --kv-tokens.
-DEFAULT_KV_TOKENS = 65536
 # llama.cpp writes zeros over its whole cache when it makes it, so what nobody uses takes memory too.
 LLAMA_KV_TOKENS = 16384
 
@@ -259,7 +257,7 @@ def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
     if spec.memory_bytes is None:
         # Other programs on this machine need some of the free memory, but at least one conversation should fit.
         fit = max(int(fit * KV_SHARE), min(fit, default_kv_tokens(checkpoint, dtype_of(spec, checkpoint), span)))
-    return min(LLAMA_KV_TOKENS if engine_of(spec, checkpoint) == LLAMACPP else DEFAULT_KV_TOKENS, fit)
+    return min(LLAMA_KV_TOKENS, fit) if engine_of(spec, checkpoint) == LLAMACPP else fit
 
 
 def _remedy(spec: ServeSpec, checkpoint: Checkpoint) -> str:

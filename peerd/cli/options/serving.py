@@ -31,7 +31,7 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         metavar="N",
         help="How many positions' KV to keep, for all sessions together. Default: what fits into"
-        " --memory, else into half of what is free; at most 65536, with llamacpp 16384.",
+        " --memory, else into half of what is free; with llamacpp at most 16384.",
     ),
     click.option(
         "--memory",

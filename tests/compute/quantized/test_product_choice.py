@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from peerd.compute.quantized import product_choice
+from peerd.compute.quantized.formats import FORMATS
 from peerd.compute.quantized.group_matrix import Choice, GroupMatrix
 from peerd.compute.quantized.groups import group_form
+from peerd.compute.quantized.matrix import QuantizedMatrix
 from peerd.compute.quantized.modules import QuantizedLinear
 from peerd.compute.quantized.product_choice import (
     NO_LIMIT,
@@ -22,6 +24,7 @@ from peerd.compute.quantized.product_choice import (
     choose_products,
     packed_is_faster,
     packed_over_plain,
+    quantized_kernel_rows,
     rows_of_kernel,
     seconds_of,
 )
@@ -148,3 +151,44 @@ def test_both_ways_are_really_timed() -> None:
     found = [matrix(), matrix()]
     assert bf16_over_fp32(found, seconds_of) > 0
     assert rows_of_kernel(found, in_bf16=False, timing=seconds_of) >= 1
+
+
+def int8(dtype: torch.dtype = torch.bfloat16, columns: int = 128) -> QuantizedLinear:
+    form = FORMATS["int8"]
+    values, scales = form.empty((64, columns), torch.device("cpu"))
+    made = QuantizedLinear(form, values[0], scales[0], None, in_features=columns, out_features=64, dtype=dtype)
+    made.matrix.store(torch.randn(64, columns))
+    return made
+
+
+@pytest.mark.parametrize(("slow_from", "rows"), [(1, 0), (16, 4), (1000, 256)])
+def test_int8_values_are_multiplied_as_they_are_for_as_many_rows_as_that_is_faster(
+    slow_from: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = int8().matrix
+    assert isinstance(matrix, QuantizedMatrix)
+    monkeypatch.setattr(QuantizedMatrix, "multiply", lambda _, x: x)
+
+    def timing(way: Way) -> float:
+        way()
+        return 2.0 if matrix.kernel_rows >= slow_from else 1.0 if matrix.kernel_rows else 1.5
+
+    assert quantized_kernel_rows([matrix], timing) == rows
+
+
+def test_only_int8_matrices_with_a_kernel_are_measured_each_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(product_choice, "quantized_kernel_rows", lambda found: measured.append(len(found)) or 0)
+    model = nn.ModuleList([int8(), int8(), int8(torch.float32), int8(columns=96)])
+    for _ in range(2):
+        choose_products(model)
+    assert measured == [2]
+
+
+def test_the_int8_kernel_computes_what_converted_values_give() -> None:
+    part = int8()
+    x = torch.randn(3, 128).bfloat16()
+    part.matrix.kernel_rows = 0  # type: ignore[attr-defined]
+    converted = part(x)
+    part.matrix.kernel_rows = 4  # type: ignore[attr-defined]
+    assert torch.allclose(part(x).float(), converted.float(), rtol=2**-6, atol=0.1)
