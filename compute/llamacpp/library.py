@@ -60,6 +60,7 @@ _FUNCTIONS: dict[str, _Declared] = {
 # These are called hundreds of times in each batch, and return at once: they keep the interpreter's lock.
 _QUICK_FUNCTIONS: dict[str, _Declared] = {
     "ggml_get_name": (c_char_p, (c_void_p,)),
+    "ggml_get_data": (c_void_p, (c_void_p,)),
     "ggml_nbytes": (c_size_t, (c_void_p,)),
     "ggml_backend_tensor_get": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
     "ggml_backend_tensor_set": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),

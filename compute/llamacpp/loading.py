@@ -37,4 +37,5 @@ def load_llama_engine(
         threads=torch.get_num_threads(),
     )
     check_llama_span(model, checkpoint)
+    model.give_back_cache()
     return LlamaEngine(model, kv_tokens=kv_tokens)

@@ -11,6 +11,7 @@ here.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
@@ -31,9 +32,11 @@ from peerd.compute.llamacpp.structs import (
     EvalCallback,
     with_values,
 )
+from peerd.compute.llamacpp.untouched import give_back_zeros
 from peerd.protocol.span import Span
 
 Array = NDArray[np.float32]
+_CACHE = re.compile(rb"cache_[kv]_l\d+ \(view\)")
 
 
 class LlamaSpan:
@@ -103,6 +106,12 @@ class LlamaSpan:
         """Run the first positions of an empty sequence through all blocks. Returns each block's output."""
         count = len(hidden)
         return self._run(hidden, range(count), [sequence] * count, self.span, every=True)
+
+    def give_back_cache(self) -> int:
+        """Give the memory of the KV cache back until positions come. No sequence may have any, and `trace` must have
+        run. Returns the bytes; 0 on systems that take none back.
+        """
+        return give_back_zeros(self._graph.caches.values())
 
     def _run(
         self, hidden: Array, positions: Sequence[int], sequences: Sequence[int], blocks: Span, *, every: bool
@@ -193,10 +202,14 @@ class _Graph:
         self._outputs: dict[bytes, Array | None] = {}
         self._last = b""
         self._wrong = False
+        self._every = False
+        #: Where each block's keys and values lie in memory, (first, end), by the name of the node that writes them.
+        #: Known once a run has taken every output.
+        self.caches: dict[bytes, tuple[int, int]] = {}
 
     def begin(self, hidden: Array, first: int, end: int, *, every: bool) -> None:
         """Prepare for blocks `first` to `end - 1` of the span. `every`: take the output of each, not of the last."""
-        self._hidden, self._wrong = hidden, False
+        self._hidden, self._wrong, self._every = hidden, False, every
         self._input = _output_of(first - 1) if first else None
         self._outputs = dict.fromkeys(map(_output_of, range(first if every else end - 1, end)))
         self._last = _output_of(end - 1)
@@ -212,6 +225,8 @@ class _Graph:
     def visit(self, tensor: int, ask: bool, _: object) -> bool:
         """llama.cpp asks whether it shall stop behind a node, and again, when the node is computed, to go on."""
         name = self._quick.ggml_get_name(tensor)
+        if ask and self._every:
+            self._note_cache(name, tensor)
         if ask:
             return name in self._outputs or name == self._input
         if self._quick.ggml_nbytes(tensor) != self._hidden.nbytes:
@@ -224,6 +239,13 @@ class _Graph:
         self._quick.ggml_backend_tensor_get(tensor, output.ctypes.data, 0, output.nbytes)
         self._outputs[name] = output
         return bool(name != self._last)
+
+    def _note_cache(self, name: bytes, tensor: int) -> None:
+        # The node that writes is a view of the whole cache, those that read are views of its beginning.
+        if _CACHE.fullmatch(name):
+            first = self._quick.ggml_get_data(tensor)
+            end = first + self._quick.ggml_nbytes(tensor)
+            self.caches[name] = max(self.caches.get(name, (first, end)), (first, end))
 
 
 def _output_of(block: int) -> bytes:

@@ -24,6 +24,7 @@ from peerd.compute.kv.layout import BATCH_TOKENS
 from peerd.compute.llamacpp.budget import llama_budget
 from peerd.compute.llamacpp.library import is_usable, load_library
 from peerd.compute.llamacpp.supported import is_quantized, why_not
+from peerd.compute.llamacpp.untouched import TAKES_BACK
 from peerd.compute.model.stored_as import has_grids
 from peerd.compute.quantized.bitsandbytes_import import check_bitsandbytes
 from peerd.compute.quantized.formats import NONE, PACKED, QUANTIZATIONS
@@ -34,7 +35,7 @@ from peerd.protocol.span import Span
 from peerd.server.quotas import AdapterRoom
 from peerd.spans.spec import AUTO, ENGINES, LLAMACPP, TORCH, ServeSpec
 
-# llama.cpp writes zeros over its whole cache when it makes it, so what nobody uses takes memory too.
+# llama.cpp plans its buffers for a batch that sees all of its cache, and on some systems the whole cache takes memory.
 LLAMA_KV_TOKENS = 16384
 
 
@@ -88,8 +89,8 @@ def promised_bytes_of(spec: ServeSpec, checkpoint: Checkpoint, engine: BaseEngin
     if on_host:
         passes = engine.passes.memory.total_bytes if engine.passes is not None else 0
         working = budget.working_with(engine.total_tokens)
-        # llama.cpp has taken the memory for its KV already.
-        kv = 0 if engine_of(spec, checkpoint) == LLAMACPP else engine.total_tokens * budget.kv_per_token
+        # llama.cpp has taken the memory for its KV already, where the system does not take it back.
+        kv = 0 if engine_of(spec, checkpoint) == LLAMACPP and not TAKES_BACK else engine.total_tokens * budget.kv_per_token
         promised += kv + working + room.total_bytes + passes
     return promised
 

@@ -276,3 +276,24 @@ def test_it_takes_no_adapters_and_trains_nothing(llama_engine: Load):
     with pytest.raises(AdapterError, match=r"llama.cpp runs none; serve with --engine torch"):
         engine.load_adapter("one", {})
     assert engine.works()
+
+
+def test_sessions_that_outgrow_the_cache_wait_and_compute_the_same(llama_engine: Load):
+    engine, alone = llama_engine(SPAN, kv_tokens=64), llama_engine(SPAN)
+    for name in ("first", "second"):
+        engine.open(name, SessionSize(48, prompt_length=8))
+    engine.submit(step("first", [RowSlice(0, 0, 31)], seed=1))
+    engine.submit(step("second", [RowSlice(0, 0, 30)], seed=2))
+    drain(engine)
+    # The row is cut for a step that then waits for pages; the other session needs the cells which that leaves.
+    engine.submit(step("second", [RowSlice(0, 0, 8)], seed=3))
+    engine.submit(step("first", [RowSlice(0, 31, 17)], seed=4))
+    assert len(drain(engine)) == 2
+    engine.submit(step("second", [RowSlice(0, 8, 16)], seed=5))
+    assert drain(engine) == []
+    assert engine.short == ["second"]
+    engine.close("first")
+    (waited,) = drain(engine)
+    alone.open("second", SessionSize(48))
+    outputs = run(alone, step("second", [RowSlice(0, 0, 8)], seed=3), step("second", [RowSlice(0, 8, 16)], seed=5))
+    assert_close(waited.hidden, outputs["second"])
