@@ -85,6 +85,8 @@ def attend(
         packed = query.reshape(batch, kv_heads, heads // kv_heads, width)
         output = F.scaled_dot_product_attention(packed, keys, values, scale=scores.scaling)
     else:
+        if visible.mask is not None and query.is_cuda:
+            keys, values = for_every_head(keys, heads), for_every_head(values, heads)
         output = F.scaled_dot_product_attention(
             query,
             keys,
@@ -92,9 +94,19 @@ def attend(
             attn_mask=visible.mask,
             is_causal=visible.causal,
             scale=scores.scaling,
-            enable_gqa=heads != kv_heads,
+            enable_gqa=heads != keys.shape[1],
         )
     return output.reshape(batch, heads, count, -1).transpose(1, 2)
+
+
+def for_every_head(stored: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values `[b, kv_heads, m, width]` repeated for each of `heads` query heads.
+
+    Torch 2.13 has no kernel for GPUs of before Hopper that takes a mask and fewer key heads than query heads: it would
+    compute all scores in fp32, gigabytes of them for a long text. With as many key heads its memory-efficient kernel
+    takes the mask; the copies are of one block and one row.
+    """
+    return stored.repeat_interleave(heads // stored.shape[1], dim=1)
 
 
 def _attend_with_bias(

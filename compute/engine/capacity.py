@@ -153,7 +153,7 @@ def span_budget(
         kv_per_token=kv,
         host_per_token=_HOST_COPIES * checkpoint.hidden_size * dtype.itemsize * _positions_a_token(checkpoint, kinds),
         working=working_bytes(checkpoint, dtype, batch_tokens, quantize, on_host=on_host),
-        working_per_position=_bytes_per_position(checkpoint, dtype, batch_tokens),
+        working_per_position=_bytes_per_position(checkpoint, dtype, batch_tokens, on_host=on_host),
         positions_per_token=_positions_a_token(checkpoint, kinds),
         longest=checkpoint.max_length,
     )
@@ -191,19 +191,18 @@ def working_bytes(
     gathered keys and values of that conversation.
     """
     config = checkpoint.config
-    heads = _heads(config)
-    width = max(int(getattr(config, "head_dim", None) or 0), checkpoint.hidden_size // max(heads, 1))
+    heads, width = _heads(config), _head_width(checkpoint)
     inner = max(int(getattr(config, name, None) or 0) for name in _INNER_WIDTHS) or 4 * checkpoint.hidden_size
     copies = max(int(getattr(config, name, None) or 0) for name in _EXPERTS_A_TOKEN) or 1
     values = 8 * checkpoint.hidden_size + 4 * heads * width + 4 * copies * (inner + checkpoint.hidden_size)
-    context = _conversation(checkpoint) * _bytes_per_position(checkpoint, dtype, batch_tokens)
+    context = _conversation(checkpoint) * _bytes_per_position(checkpoint, dtype, batch_tokens, on_host=on_host)
     dequantized = (
         2 * (RUN_VALUES_CPU if on_host else RUN_VALUES_GPU) * torch.float32.itemsize if quantize != NONE else 0
     )
     return batch_tokens * values * torch.float32.itemsize + context + dequantized
 
 
-def _bytes_per_position(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int) -> int:
+def _bytes_per_position(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int, *, on_host: bool) -> int:
     """What each position of a session adds to a batch of that session: scores, masks, and its gathered keys and values.
 
     Norms, softmax and masks are in fp32, whatever the dtype.
@@ -211,7 +210,14 @@ def _bytes_per_position(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens
     heads = _heads(checkpoint.config)
     scores = 3 * heads * batch_tokens * torch.float32.itemsize if _keeps_scores(checkpoint.config) else 0
     mask = 2 * batch_tokens * torch.float32.itemsize
-    return scores + mask + 2 * kv_bytes_per_token(checkpoint, dtype)
+    # A GPU repeats them for every query head (`scores.for_every_head`).
+    repeated = 0 if on_host else 2 * heads * _head_width(checkpoint) * dtype.itemsize
+    return scores + mask + 2 * kv_bytes_per_token(checkpoint, dtype) + repeated
+
+
+def _head_width(checkpoint: Checkpoint) -> int:
+    config = checkpoint.config
+    return max(int(getattr(config, "head_dim", None) or 0), checkpoint.hidden_size // max(_heads(config), 1))
 
 
 def _heads(config: PreTrainedConfig) -> int:

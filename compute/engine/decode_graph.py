@@ -6,8 +6,7 @@ its numbers (positions, pages, lengths) are copied into that bucket's buffers. O
 run without a graph, which is how this is tested.
 
 A block that asks the device for a number (some routed experts, some quantized layers) makes the host wait and cannot
-be recorded. That is found by watching a first run, once for each set of blocks; such blocks then run like any other
-batch.
+be recorded. That is found by watching a run, once for each set of blocks; such blocks then run like any other batch.
 """
 
 from __future__ import annotations
@@ -41,6 +40,11 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 LENGTH_BUCKETS = (1024, 8192, 65536, 1 << 20)
 # Recorded before the first session: every number of rows, at the lengths that most sessions have.
 WARM_LENGTHS = LENGTH_BUCKETS[:2]
+# Graphs and buffers that are kept: those of the whole span, and of some parts of it that clients ask for. Each client
+# may ask for other parts, and what has not run for longest goes first.
+MOST_RECORDED = 64
+# A bucket that could not be recorded, for lack of memory perhaps, is tried again after so many decodes without it.
+RETRY_AFTER = 1024
 # In a first run libraries choose their algorithms and Triton compiles; that run is also watched for waits. One more run
 # shows that nothing is left to do.
 _WARM_UP_RUNS = 1
@@ -88,14 +92,18 @@ class DecodeGraphs:
         self._staging = staging
         self._records = pool.device.type == "cuda"
         self._recorded: dict[GraphShape, _Recorded] = {}
+        # Blocks that wait for the device, and so can never be recorded.
         self._refused: set[Span] = set()
+        # Buckets that could not be recorded, and for how many more decodes they are left out.
+        self._failed: dict[GraphShape, int] = {}
         # Graphs run one after the other, so they can share memory for activations.
         self._memory = torch.cuda.graph_pool_handle() if self._records else None
         # Torch's own stream for recording belongs to the device that recorded first.
         self._aside: Any = _CUDA.Stream(pool.device) if self._records else None
 
     def __repr__(self) -> str:
-        return f"<DecodeGraphs {len(self._recorded)} buckets, refused={sorted(self._refused, key=str)}>"
+        refused = sorted(self._refused, key=str)
+        return f"<DecodeGraphs {len(self._recorded)} buckets, {len(self._failed)} failed, refused={refused}>"
 
     def takes(self, blocks: Span, segments: Sequence[Segment]) -> bool:
         """Whether these segments are a decode for which buffers can be used."""
@@ -108,7 +116,7 @@ class DecodeGraphs:
     def run(self, blocks: Span, segments: Sequence[Segment], parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Run a decode that `takes` accepted: `[positions, hidden_size]` on the device, valid until the next run.
 
-        Returns None if these blocks turn out not to be recordable.
+        Returns None if this cannot be recorded, now or ever.
         """
         count = sum(segment.count for segment in segments)
         pages = max(len(row_pages.pages) for segment in segments for row_pages in segment.groups)
@@ -133,26 +141,35 @@ class DecodeGraphs:
         log.info("recording CUDA graphs of blocks %s for decodes of up to %d rows", self._whole.span, ROW_BUCKETS[-1])
         for length in WARM_LENGTHS:
             for rows in reversed(ROW_BUCKETS):
-                if self._bucket(self._whole.span, rows, self._width(length)) is None:
+                self._bucket(self._whole.span, rows, self._width(length))
+                if self._whole.span in self._refused:
                     return
         log.info("%d CUDA graphs take %s", len(self._recorded), format_size(self.graph_bytes))
 
     def forget(self, blocks: Span) -> None:
         """Drop what was recorded of these blocks."""
         self._recorded = {bucket: recorded for bucket, recorded in self._recorded.items() if bucket.blocks != blocks}
+        self._failed = {bucket: left for bucket, left in self._failed.items() if bucket.blocks != blocks}
         self._refused.discard(blocks)
 
     def _bucket(self, blocks: Span, count: int, pages: int) -> _Recorded | None:
         rows = next(bucket for bucket in ROW_BUCKETS if bucket >= count)
         width = next((width for width in map(self._width, LENGTH_BUCKETS) if width >= pages), pages)
         bucket = GraphShape(blocks, rows, width)
-        recorded = self._recorded.get(bucket)
+        recorded = self._recorded.pop(bucket, None)
         if recorded is None:
+            if self._failed.get(bucket, 0):
+                self._failed[bucket] -= 1
+                return None
             recorded = self._make(bucket)
             if recorded is None:
-                self._refused.add(blocks)
+                self._failed[bucket] = RETRY_AFTER
                 return None
-            self._recorded[bucket] = recorded
+            self._failed.pop(bucket, None)
+            while len(self._recorded) >= MOST_RECORDED:
+                self._recorded.pop(next(iter(self._recorded)))
+        # The last in the dict is the one that ran last.
+        self._recorded[bucket] = recorded
         return recorded
 
     def _width(self, length: int) -> int:
@@ -183,6 +200,7 @@ class DecodeGraphs:
                     self._forward(bucket.blocks, recorded)
             current.wait_stream(self._aside)
             if waits:
+                self._refused.add(bucket.blocks)
                 log.info("blocks %s decode without CUDA graphs: they wait for %s", bucket.blocks, ", ".join(waits))
                 return False
             graph = torch.cuda.CUDAGraph()
@@ -190,11 +208,11 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, self._memory, self._aside, capture_error_mode="thread_local"):
                 recorded.output = self._forward(bucket.blocks, recorded)
         except torch.cuda.OutOfMemoryError as error:
-            log.warning("no memory for CUDA graphs of blocks %s, which decode slower without: %s", bucket.blocks, error)
+            log.warning("no memory now for the CUDA graph of %s, which decodes slower without: %s", bucket, error)
             return False
         except (RuntimeError, NotImplementedError) as error:
             # Torch has no narrower error for "not while recording".
-            log.info("blocks %s cannot be recorded, so they decode without CUDA graphs: %s", bucket.blocks, error)
+            log.info("%s cannot be recorded now, so it decodes without a CUDA graph: %s", bucket, error)
             torch.cuda.synchronize(device)
             return False
         finally:
@@ -207,6 +225,8 @@ class DecodeGraphs:
 
     def waits_for(self, blocks: Span, recorded: _Recorded) -> list[str]:
         """The operations of a decode for which the host waits; with any of them it cannot be recorded."""
+        # What a first run of all prepares, such as tables of rotary embeddings, no later run waits for.
+        self._forward(blocks, recorded)
         with WaitWatcher() as watcher:
             self._forward(blocks, recorded)
         return sorted(watcher.seen)

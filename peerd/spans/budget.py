@@ -90,7 +90,8 @@ def promised_bytes_of(spec: ServeSpec, checkpoint: Checkpoint, engine: BaseEngin
         passes = engine.passes.memory.total_bytes if engine.passes is not None else 0
         working = budget.working_with(engine.total_tokens)
         # llama.cpp has taken the memory for its KV already, where the system does not take it back.
-        kv = 0 if engine_of(spec, checkpoint) == LLAMACPP and not TAKES_BACK else engine.total_tokens * budget.kv_per_token
+        is_taken = engine_of(spec, checkpoint) == LLAMACPP and not TAKES_BACK
+        kv = 0 if is_taken else engine.total_tokens * budget.kv_per_token
         promised += kv + working + room.total_bytes + passes
     return promised
 
@@ -152,7 +153,8 @@ def _unmet_wish(spec: ServeSpec) -> str:
 
 def dtype_of(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
     if spec.dtype is None:
-        return checkpoint.dtype
+        # GGUF's values are dequantized to float32, for which a GPU's tensor cores are no use.
+        return torch.bfloat16 if checkpoint.is_gguf and not _on_host(spec) else checkpoint.dtype
     if spec.dtype not in DTYPES:
         raise InvalidRequest(f"dtype {spec.dtype!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[spec.dtype]

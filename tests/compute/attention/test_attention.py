@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peerd.compute.attention.attention import SpanAttention, _attention_forward
+from peerd.compute.attention.scores import for_every_head
 from peerd.compute.attention.views import BatchView, RowView
 from peerd.compute.engine.paged_views import MixedView
 from peerd.compute.families.layer_kinds import LayerKind
@@ -137,3 +139,11 @@ def test_what_attention_does_not_know_is_refused_rather_than_ignored(name: str):
 def test_a_cache_takes_no_argument_that_it_would_ignore(view: Any):
     with pytest.raises(TypeError, match="an_option_of_tomorrow"):
         view.update(None, None, None, 0, an_option_of_tomorrow=1)
+
+
+def test_keys_repeated_for_every_head_give_what_shared_ones_give():
+    query, mask = torch.randn(1, 6, 5, 8), torch.ones(5, 9, dtype=torch.bool).tril(4)
+    keys, values = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 4)
+    shared = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+    own = for_every_head(keys, 6), for_every_head(values, 6)
+    torch.testing.assert_close(F.scaled_dot_product_attention(query, *own, attn_mask=mask), shared)

@@ -87,7 +87,7 @@ def test_kv_takes_keys_and_values_of_every_head(llama: Checkpoint) -> None:
 @pytest.mark.parametrize("on_host", [True, False])
 def test_as_many_blocks_fit_as_memory_holds_with_their_kv_and_all_else(llama: Checkpoint, on_host: bool) -> None:
     def needed(blocks: int) -> int:
-        budget = span_budget(llama, blocks, torch.float32, batch_tokens=16)
+        budget = span_budget(llama, blocks, torch.float32, batch_tokens=16, on_host=on_host)
         return budget.total(100_000, on_host=on_host)
 
     def fitting(room: int) -> int:

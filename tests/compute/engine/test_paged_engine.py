@@ -15,6 +15,7 @@ import torch
 
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.opening import open_checkpoint
+from peerd.compute.engine import decode_graph
 from peerd.compute.engine.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, GraphShape
 from peerd.compute.engine.engine import Engine
 from peerd.compute.families.lookup import FAMILIES
@@ -203,6 +204,42 @@ def test_blocks_that_cannot_be_recorded_are_tried_once_and_run_as_before(make_pa
     for position in range(10, 13):
         pair.step(one("a", position))
     assert len(tried) == 1
+
+
+def test_a_bucket_that_fails_leaves_the_others_and_is_tried_again(make_pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_graph, "RETRY_AFTER", 2)
+    pair = make_pair()
+    make, tried = pair.graphs._make, []
+
+    def without_memory_for_two(bucket: GraphShape):
+        tried.append(bucket.rows)
+        return None if bucket.rows == 2 and tried.count(2) < 2 else make(bucket)
+
+    monkeypatch.setattr(pair.graphs, "_make", without_memory_for_two)
+    for session in "ab":
+        pair.open(session)
+        pair.step(one(session, 0, 10))
+    pair.step(one("a", 10), one("b", 10))
+    pair.step(one("a", 11))
+    assert {bucket.rows for bucket in pair.buckets} == {1}
+    for position in range(12, 15):
+        pair.step(one("a", position), one("b", position - 1))
+    assert tried == [2, 1, 2]
+    assert {bucket.rows for bucket in pair.buckets} == {1, 2}
+
+
+def test_what_has_not_run_for_longest_makes_room_for_other_parts(make_pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_graph, "MOST_RECORDED", 2)
+    pair = make_pair()
+    parts = [Span(SPAN.start, SPAN.end), Span(SPAN.start, SPAN.end - 1), Span(SPAN.start + 1, SPAN.end)]
+    for number, blocks in enumerate(parts[:2]):
+        pair.open(str(number), blocks=blocks)
+        pair.step(one(str(number), 0))
+    pair.step(one("0", 1))
+    pair.open("2", blocks=parts[2])
+    pair.step(one("2", 0))
+    assert {bucket.blocks for bucket in pair.buckets} == {parts[0], parts[2]}
+    pair.step(one("1", 1))
 
 
 def asked_of_the_device(pair: Pair) -> list[str]:

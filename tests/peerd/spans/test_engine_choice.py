@@ -9,6 +9,7 @@ from typing import Any
 
 import platformdirs
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Type
 
 from peerd.compute.checkpoint.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
 from peerd.spans import budget
 from peerd.spans.adapters import load_adapter
-from peerd.spans.budget import engine_of, how_many_blocks, kv_tokens_of, memory_budget
+from peerd.spans.budget import dtype_of, engine_of, how_many_blocks, kv_tokens_of, memory_budget
 from peerd.spans.loading import expected_record, load
 from peerd.spans.spec import LLAMACPP, TORCH, ServeSpec
 from tests.compute.gguf_writer import tiny_config, tiny_model, write_model
@@ -151,6 +152,14 @@ def test_a_span_is_announced_as_what_computes_it(checkpoint: Checkpoint, caplog:
     adapter: Any = None
     with pytest.raises(AdapterError, match=r"llama.cpp computes blocks 1:3, and runs no adapters: use --engine torch"):
         load_adapter(loaded.engine, adapter)
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_a_gguf_file_is_computed_in_bfloat16_on_a_gpu_unless_asked(
+    checkpoint: Checkpoint, asked: str | None, dtype: torch.dtype
+):
+    assert dtype_of(ServeSpec(device="cuda", dtype=asked), checkpoint) == dtype
+    assert dtype_of(ServeSpec(dtype=asked), checkpoint) == torch.float32
 
 
 @needs_llamacpp
