@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from peerd.compute.llamacpp import loading
 from peerd.compute.llamacpp.engine import LlamaEngine
+from peerd.compute.llamacpp.span_model import LlamaSpan
 from peerd.compute.llamacpp.untouched import TAKES_BACK, give_back_zeros
 from peerd.protocol.span import Span
 from tests.compute.llamacpp.conftest import needs_llamacpp
@@ -65,7 +65,7 @@ def test_a_cache_takes_memory_as_positions_come(
     whole = sum(end - first for first, end in caches)
     assert resident_bytes(caches) < whole / 4
     hidden = torch.randn(1, 30, engine.hidden_size) * 0.3
-    monkeypatch.setattr(loading.LlamaSpan, "give_back_cache", lambda _: 0)
+    monkeypatch.setattr(LlamaSpan, "give_back_cache", lambda _: 0)
     full = llama_engine(Span(2, 6), kv_tokens=16384)
     assert resident_bytes(full._model._graph.caches.values()) > whole * 0.9
     assert torch.equal(engine.forward(hidden), full.forward(hidden))
