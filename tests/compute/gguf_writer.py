@@ -6,104 +6,17 @@ that was written.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[np.float32]
-Stored: TypeAlias = Iterator[tuple[str, Array]]
-
-BLOCKS = 8
-_COMMON: dict[str, Any] = {
-    "num_hidden_layers": BLOCKS,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 512,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
-_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
-
-#: Name of a tiny model -> GGUF's architecture, the family, and what its configuration has beside the common fields.
-TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bloom": ("bloom", "bloom", {}),
-    "falcon": ("falcon", "falcon", {}),
-    "falcon_grouped": ("falcon", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon_11b": (
-        "falcon",
-        "falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 80},
-    ),
-    "gemma": ("gemma", "gemma", {"head_dim": 16}),
-    "granite": (
-        "granite",
-        "granite",
-        {
-            "attention_multiplier": 0.2,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.3,
-            "logits_scaling": 4.0,
-        },
-    ),
-    "smollm3": ("smollm3", "smollm3", {}),
-    "gemma2": (
-        "gemma2",
-        "gemma2",
-        {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "rope_parameters": None},
-    ),
-    "gemma3": ("gemma3", "gemma3_text", {**_GEMMA, "rope_parameters": None}),
-    "gemma3_linear": (
-        "gemma3",
-        "gemma3_text",
-        {
-            **_GEMMA,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
-            },
-        },
-    ),
-    "gpt2": ("gpt2", "gpt2", {"n_inner": 80}),
-    "gpt_oss": (
-        "gpt-oss",
-        "gpt_oss",
-        {
-            **_EXPERTS,
-            "head_dim": 16,
-            "sliding_window": 16,
-            "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
-        },
-    ),
-    "llama": ("llama", "llama", {"head_dim": 16}),
-    "llama_biased": ("llama", "llama", {"attention_bias": True, "tie_word_embeddings": True}),
-    "minimax_m2": ("minimax-m2", "minimax_m2", {**_EXPERTS, "head_dim": 16, "rotary_dim": 8, "rope_parameters": None}),
-    "mixtral": ("llama", "mixtral", {**_EXPERTS, "head_dim": 16}),
-    "nemotron": ("nemotron", "nemotron", {"head_dim": 16, "partial_rotary_factor": 0.25, "norm_eps": 1e-3}),
-    "phi3": ("phi3", "phi3", {"sliding_window": 16}),
-    "qwen2": ("qwen2", "qwen2", {}),
-    "qwen2_moe": ("qwen2moe", "qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 40}),
-    "qwen2_yarn": ("qwen2", "qwen2", {"rope_parameters": _YARN}),
-    "qwen3": ("qwen3", "qwen3", {"head_dim": 16}),
-    "qwen3_moe": ("qwen3moe", "qwen3_moe", {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
-    "stablelm": ("stablelm", "stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
-    "stablelm_parallel": ("stablelm", "stablelm", {"use_parallel_residual": True}),
-    "starcoder2": ("starcoder2", "starcoder2", {}),
-}
+from tests.compute.gguf_rules import Array, Stored, experts_apart, latents_apart, own_metadata
 
 
-def metadata_of(architecture: str, config: Any) -> dict[str, int | float | str]:
+def metadata_of(architecture: str, config: Any) -> dict[str, Any]:
     """What the converter writes for this configuration, `None`s left out."""
     stated = getattr(config, "rope_parameters", None) or {}
     rope = stated.get("full_attention", stated)
@@ -152,6 +65,7 @@ def metadata_of(architecture: str, config: Any) -> dict[str, int | float | str]:
             np.sqrt(1 + np.log(scale) / np.log(rope["original_max_position_embeddings"]))
         )
         fields["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    fields |= own_metadata(architecture, config)
     return {key: value for key, value in fields.items() if value is not None}
 
 
@@ -166,6 +80,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
         "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
         "rope.scaling.yarn_beta_fast": rope.get("beta_fast"),
         "rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
+        "rope.scaling.yarn_attn_factor": rope.get("attention_factor"),
     }
 
 
@@ -189,8 +104,11 @@ def stored_tensors(architecture: str, model: Any) -> Stored:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         values = tensor.float().numpy()
-        if "experts." in name:
-            yield from _experts(name, values, architecture)
+        if ".experts." in name:
+            yield from experts_apart(name, values, architecture)
+            continue
+        if name.endswith(".kv_b_proj.weight"):
+            yield from latents_apart(name, values, model.config)
             continue
         stem, _, suffix = name.rpartition(".")
         if suffix not in ("weight", "bias"):
@@ -204,19 +122,6 @@ def stored_tensors(architecture: str, model: Any) -> Stored:
         reorder = _REORDERED.get(architecture)
         yield f"{stored}.{suffix}", values if reorder is None else reorder(name, values, model.config)
     yield from _rope_tensors(architecture, model.config)
-
-
-def _experts(name: str, values: Array, architecture: str) -> Stored:
-    block, leaf = name.split(".")[2], name.rpartition(".")[2]
-    kind = "bias" if leaf.endswith("_bias") else "weight"
-    if architecture == "gpt-oss" and kind == "weight":
-        values = values.swapaxes(-1, -2)
-    if leaf.startswith("down_proj"):
-        yield f"blk.{block}.ffn_down_exps.{kind}", values
-        return
-    gate, up = (values[:, ::2], values[:, 1::2]) if architecture == "gpt-oss" else np.split(values, 2, axis=1)
-    yield f"blk.{block}.ffn_gate_exps.{kind}", gate
-    yield f"blk.{block}.ffn_up_exps.{kind}", up
 
 
 def _rope_tensors(architecture: str, config: Any) -> Stored:
@@ -293,6 +198,7 @@ _REORDERED: Mapping[str, Callable[[str, Array, Any], Array]] = {
     "gpt2": _gpt2,
     "granite": _llama,
     "llama": _llama,
+    "mistral3": _llama,
     "nemotron": _shifted_norms,
     "qwen2moe": _qwen2moe,
     "smollm3": _llama,
@@ -342,30 +248,3 @@ def write_model(
     """Write a whole model as one file."""
     metadata = {**metadata_of(architecture, model.config), **more}
     write_gguf(path, architecture, metadata, dict(stored_tensors(architecture, model)), kind)
-
-
-def tiny_config(name: str) -> Any:
-    """The configuration of a tiny model."""
-    from peerd.compute.families.lookup import family_named
-
-    _, model_type, more = TINY[name]
-    kind: Any = family_named(model_type).config_type()
-    known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
-    # A configuration writes into the dictionaries that it is given.
-    fields = copy.deepcopy({**{key: value for key, value in _COMMON.items() if key in known}, **more})
-    return kind(**{key: value for key, value in fields.items() if value is not None})
-
-
-def tiny_model(config: Any) -> Any:
-    """A model of random weights, large enough that every part matters."""
-    import torch
-
-    from peerd.compute.families.lookup import family_named
-
-    torch.manual_seed(7)
-    causal: Any = family_named(config.model_type).causal_type()
-    model = causal(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1))
-    return model

@@ -1,7 +1,8 @@
 """The table of GGUF architectures that are read, each with its family, and of those that are refused, with the reason.
 
 Transformers' own tables turn metadata into configurations. A row here adds the fields that those tables leave out;
-without it such a field would have the default of a model of another size.
+without it such a field would have the default of a model of another size. Fields that follow from several metadata, or
+from the tensors, are found in `facts.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,14 @@ class Architecture:
     partial_rotary: bool = False
     #: Whether the configuration ties the LM head to the embeddings even if the file stores an LM head of its own.
     always_tied: bool = False
+    #: Whether blocks with a window have rotary embeddings of their own, which are not scaled.
+    rope_by_kind: bool = False
 
 
+#: llama.cpp's number for routers that choose experts by a sigmoid.
+SIGMOID = 2
+# Transformers' table with what most decoders have, which does not take `rope.dimension_count` for a head's width.
+_COMMON = "qwen3"
 _EPS = {"attention.layer_norm_epsilon": "layer_norm_epsilon"}
 _WIDTH = {"attention.key_length": "head_dim"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
@@ -44,6 +51,23 @@ _GRANITE = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+_COHERE = {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"}
+# DeepSeek's experts, and GLM's, which are like them.
+_ROUTED = {
+    "leading_dense_block_count": "first_k_dense_replace",
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_shared_count": "n_shared_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_LATENT = {"attention.kv_lora_rank": "kv_lora_rank", "rope.dimension_count": "qk_rope_head_dim"}
+_LLAMA4 = {
+    "feed_forward_length": "intermediate_size_mlp",
+    "expert_feed_forward_length": "intermediate_size",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
+}
 
 _ROWS = (
     Architecture("bloom", "bloom", always_tied=True),
@@ -53,10 +77,19 @@ _ROWS = (
         more={**_EPS, "attention.head_count_kv": "num_kv_heads", "feed_forward_length": "ffn_hidden_size"},
         always_tied=True,
     ),
-    # Transformers has neither a table nor a processor for these three; their files are written like those of their
-    # relatives.
+    # From here to `smollm3` Transformers has neither a table nor a processor. The files are written like those of the
+    # relatives that a row names, or a processor of ours reads them.
+    Architecture("cohere2", "cohere2", table=_COMMON, more={**_COHERE, **_WINDOW}),
+    Architecture("command-r", "cohere", table=_COMMON, more=_COHERE),
+    Architecture("deepseek2", "deepseek_v2", table=_COMMON, more={**_ROUTED, **_LATENT}),
+    Architecture("exaone4", "exaone4", table=_COMMON, more=_WIDTH),
     Architecture("gemma", "gemma", table="gemma2", processor="gemma2"),
+    Architecture("glm4", "glm4", table=_COMMON, more=_WIDTH, partial_rotary=True),
+    Architecture("glm4moe", "glm4_moe", table=_COMMON, more={**_ROUTED, **_WIDTH}, partial_rotary=True),
     Architecture("granite", "granite", table="llama", more=_GRANITE, processor="llama"),
+    Architecture("llama4", "llama4_text", table=_COMMON, more={**_LLAMA4, **_WIDTH}),
+    Architecture("mistral3", "mistral", table="llama", more={**_WIDTH, **_WINDOW}, processor="llama"),
+    Architecture("olmo2", "olmo2", table=_COMMON),
     Architecture("smollm3", "smollm3", table="llama", processor="llama"),
     Architecture("gemma2", "gemma2", more=_CAPS),
     Architecture("gemma3", "gemma3_text", table="gemma3", more={**_CAPS, "rope.freq_base_swa": "rope_local_base_freq"}),
@@ -87,13 +120,19 @@ _ROWS = (
 )
 #: By GGUF's name of the architecture.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.name: row for row in _ROWS})
-# llama.cpp writes the architecture `llama` for a llama with experts too.
+# llama.cpp writes some families under the name of a relative. These rows are chosen by `_relative`.
 _MIXTRAL = Architecture(
     "llama",
     "mixtral",
     table="mistral",
     more={**_WIDTH, "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
 )
+_DEEPSEEK_V3 = Architecture("deepseek2", "deepseek_v3", table=_COMMON, more={**_ROUTED, **_LATENT})
+_MINISTRAL3 = Architecture("mistral3", "ministral3", table="llama", more={**_WIDTH, **_WINDOW}, processor="llama")
+_OLMO3 = Architecture("olmo2", "olmo3", table=_COMMON, more=_WINDOW, rope_by_kind=True)
+# The vocabulary of GLM-4.7 Flash. Its first files say nothing of the sigmoid by which it chooses experts.
+_GLM_FLASH_VOCABULARY = 154880
+
 _RECURRENT = "some of its blocks keep a state rather than keys and values"
 _ENCODER = "it is an encoder and a decoder, not a chain of blocks"
 _REFUSED: Mapping[str, str] = MappingProxyType(
@@ -124,4 +163,17 @@ def architecture_of(metadata: Mapping[str, object], where: object) -> Architectu
             raise UnsupportedModelError(f"{where}: GGUF architecture {name} cannot be served: {_REFUSED[name]}")
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(f"{where}: GGUF architecture {name!r} is not one of those supported: {known}")
-    return _MIXTRAL if name == "llama" and metadata.get("llama.expert_count") else ARCHITECTURES[name]
+    return _relative(name, metadata) or ARCHITECTURES[name]
+
+
+def _relative(name: str, metadata: Mapping[str, object]) -> Architecture | None:
+    """The row of the family that llama.cpp calls `name` as well; None if it is the family of that name itself."""
+    if name == "llama" and metadata.get("llama.expert_count"):
+        return _MIXTRAL
+    if name == "olmo2" and metadata.get("olmo2.attention.sliding_window"):
+        return _OLMO3
+    if name == "mistral3" and metadata.get("mistral3.attention.temperature_scale"):
+        return _MINISTRAL3
+    gating = metadata.get("deepseek2.expert_gating_func")
+    unsaid = gating is None and metadata.get("deepseek2.vocab_size") == _GLM_FLASH_VOCABULARY
+    return _DEEPSEEK_V3 if name == "deepseek2" and (gating == SIGMOID or unsaid) else None

@@ -66,25 +66,36 @@ def _weights(
 ) -> GgufWeights:
     processor = _processor(architecture)(config=dict(fields))
     names = _parameter_names(family, config, architecture.name, processor)
+    if (adapt := getattr(processor, "adapt_names", None)) is not None:
+        names = adapt(names, file.tensors)
     sources: dict[str, list[str]] = {}
     for stored, parameter in names.items():
         # A parameter whose name does not end in `.weight`, such as fused experts, is stored under a name that does.
-        sources.setdefault(parameter, []).append(stored if stored in file.tensors else f"{stored}.weight")
+        whole_name = stored in file.tensors or stored.endswith((".weight", ".bias"))
+        sources.setdefault(parameter, []).append(stored if whole_name else f"{stored}.weight")
     found = {name: tuple(stored) for name, stored in sources.items() if not file.tensors.keys().isdisjoint(stored)}
     placed = {stored for tensors in found.values() for stored in tensors}
+    guessing = _only_guessing(file, architecture, config)
     for stored in file.tensors:
-        if stored.startswith("blk.") and stored not in placed and not _REDUNDANT.fullmatch(stored):
+        in_block = stored.startswith("blk.") and not stored.startswith(guessing)
+        if in_block and stored not in placed and not _REDUNDANT.fullmatch(stored):
             raise UnsupportedModelError(f"{file.path}: tensor {stored} has no place in a {family.model_type}")
     return GgufWeights(file, found, names, processor)
 
 
-def _processor(architecture: Architecture) -> Any:
-    from peerd.compute.checkpoint.gguf.processors import FalconProcessor, GptOssProcessor, MixtralProcessor
+def _only_guessing(file: GgufFiles, architecture: Architecture, config: PreTrainedConfig) -> tuple[str, ...]:
+    """How the names of tensors begin that belong to blocks which only guess further tokens (MTP), behind all others."""
+    guessing = file.metadata.get(f"{architecture.name}.nextn_predict_layers")
+    count = guessing if type(guessing) is int else 0
+    return tuple(f"blk.{config.num_hidden_layers + block}." for block in range(count))
 
-    ours = {"falcon": FalconProcessor, "gpt_oss": GptOssProcessor, "mixtral": MixtralProcessor}
+
+def _processor(architecture: Architecture) -> Any:
+    from peerd.compute.checkpoint.gguf import processors
+
     name = architecture.processor or architecture.name
     reader = gguf_reader()
-    return ours.get(architecture.model_type) or reader.TENSOR_PROCESSORS.get(name, reader.TensorProcessor)
+    return processors.OURS.get(architecture.model_type) or reader.TENSOR_PROCESSORS.get(name, reader.TensorProcessor)
 
 
 def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str, processor: Any) -> dict[str, str]:
@@ -101,7 +112,9 @@ def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str
         )
     known = get_tensor_name_map(arch, config.num_hidden_layers)
     model = build_on_meta(family.causal_type(), config, torch.float32)
-    prefix = f"{model.base_model_prefix}."
+    # Of some classes the base model is the causal model itself.
+    base = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
+    prefix = "".join(f"{part}." for part in (base, family.decoder_at) if part)
     names: dict[str, str] = {}
     for full_name in map(processor.preprocess_name, model.state_dict()):
         stem, dot, suffix = full_name.rpartition(".")

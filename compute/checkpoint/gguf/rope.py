@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peerd.compute.checkpoint.gguf.architectures import Architecture
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.errors import CheckpointError, UnsupportedModelError
 
@@ -22,12 +23,45 @@ from peerd.compute.errors import CheckpointError, UnsupportedModelError
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _FACTORS = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+# What `yarn_log_multiplier` is multiplied by to give YaRN's `mscale_all_dim`: llama.cpp's converter writes a tenth of
+# that for DeepSeek, and all of it for Mistral. No other architecture of ours has the field.
+_LOG_MULTIPLIERS = {"deepseek2": 10.0, "mistral3": 1.0}
 
 
-def rope_scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scaling, or None if there is none. Raises CheckpointError or UnsupportedModelError if it cannot be read
-    exactly.
+def rope_fields(file: GgufFiles, architecture: Architecture, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration about how rotary embeddings are scaled; none if they are not. Raises
+    CheckpointError or UnsupportedModelError if that cannot be read exactly.
     """
+    name = architecture.name
+    scaling = _scaling(file, name, fields)
+    if architecture.rope_by_kind:
+        return {"rope_parameters": _by_kind(file, name, fields, scaling)}
+    if scaling is None:
+        return {}
+    if name == "gpt-oss":
+        # Published GPT-OSS files leave out that their corrections are not rounded.
+        scaling["truncate"] = False
+    if architecture.model_type == "ministral3":
+        scaling["llama_4_scaling_beta"] = file.metadata.get(f"{name}.attention.temperature_scale")
+    more: dict[str, Any] = {"rope_scaling": scaling}
+    if scaling["rope_type"] == "longrope":
+        # Phi's configuration has the original length here, and looks for it nowhere else.
+        more["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    return more
+
+
+def _by_kind(
+    file: GgufFiles, name: str, fields: Mapping[str, Any], scaling: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """The rotary embeddings of blocks that see the whole text, and of those with a window."""
+    base = fields.get("rope_theta", 10000.0)
+    plain = {"rope_type": "default", "rope_theta": file.metadata.get(f"{name}.rope.freq_base_swa", base)}
+    full = {"rope_theta": base, **(scaling or {"rope_type": "default"})}
+    return {"full_attention": full, "sliding_attention": plain}
+
+
+def _scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scaling, or None if there is none."""
     stated = _Stated(file, f"{architecture}.rope.scaling.")
     kind = stated.get("type", "none")
     if _LONG in file.tensors and _SHORT in file.tensors:
@@ -36,7 +70,7 @@ def rope_scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) 
         factor = stated.get("factor", file.metadata.get(f"{architecture}.rope.scale_linear"))
         return {"rope_type": "linear", "factor": stated.number(factor, "factor")}
     if kind == "yarn":
-        return _yarn(stated)
+        return _yarn(stated, _LOG_MULTIPLIERS.get(architecture))
     if kind != "none":
         raise UnsupportedModelError(f"{file.path}: its RoPE is scaled ({kind}), which GGUF states incompletely")
     return _llama3(file, fields) if _FACTORS in file.tensors else None
@@ -70,19 +104,27 @@ class _Stated:
         return int(self.number(self.get("original_context_length"), "original_context_length"))
 
 
-def _yarn(stated: _Stated) -> dict[str, Any]:
-    for key in ("yarn_ext_factor", "yarn_log_multiplier"):
+def _yarn(stated: _Stated, log_multiplier: float | None) -> dict[str, Any]:
+    said = stated.get("yarn_log_multiplier")
+    unread = ["yarn_ext_factor"] if log_multiplier else ["yarn_ext_factor", "yarn_log_multiplier"]
+    for key in unread:
         if stated.get(key) is not None:
             raise UnsupportedModelError(f"{stated.path}: its RoPE is scaled (yarn) with {key}, which we do not read")
-    scaling = {
+    scaling: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": stated.number(stated.get("factor"), "factor"),
         "original_max_position_embeddings": stated.original_length(),
     }
     optional = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
-    return scaling | {
+    scaling |= {
         name: stated.number(stated.get(key), key) for key, name in optional.items() if stated.get(key) is not None
     }
+    if log_multiplier and said is not None:
+        # Rounded, because a file has it in fp32.
+        everywhere = round(log_multiplier * stated.number(said, "yarn_log_multiplier"), 6)
+        # Files do not state `mscale`. All DeepSeeks have the same as `mscale_all_dim`, and all Mistrals have 1.
+        scaling |= {"mscale_all_dim": everywhere, "mscale": everywhere if log_multiplier > 1 else 1.0}
+    return scaling
 
 
 def _by_lists(stated: _Stated, short: list[float], long: list[float]) -> dict[str, Any]:

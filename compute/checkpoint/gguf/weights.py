@@ -134,7 +134,9 @@ class GgufWeights:
         """How the processor orders a parameter's rows; None if they cannot be read undequantized."""
         shapes = {len(tensor.shape) for tensor in tensors}
         widths = {tensor.shape[-1] for tensor in tensors}
-        if len(shapes) > 1 or shapes.pop() not in (2, 3) or len(widths) > 1 or widths.pop() % GROUP:
+        if len(shapes) > 1 or (2 if not self._are_experts(tensors) else 3) not in shapes:
+            return None
+        if len(widths) > 1 or widths.pop() % GROUP:
             return None
         return row_order(
             tensors, lambda values: self._process(parameter, tensors, lambda tensor: values[tensors.index(tensor)])
@@ -185,7 +187,7 @@ class GgufWeights:
 
     def _are_experts(self, tensors: list[GgufTensor]) -> bool:
         """Whether each tensor holds one matrix for each expert. Raises CheckpointError if their shapes differ."""
-        if any(len(tensor.shape) != 3 for tensor in tensors):
+        if any(len(tensor.shape) != 3 or "_exps." not in tensor.name for tensor in tensors):
             return False
         for other in tensors[1:]:
             if other.shape != tensors[0].shape:

@@ -9,7 +9,8 @@ from peerd.compute.audits import calibrate
 from peerd.compute.audits.calibrate import CLASSES, LLAMACPP_CLASS, PACKED_CLASSES, classes_of
 from peerd.compute.audits.thresholds import Numerics, Thresholds, own_thresholds
 from peerd.compute.checkpoint.opening import open_checkpoint
-from tests.compute.gguf_writer import tiny_config, tiny_model, write_model
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import write_model
 
 FULL, HALF, INT8, NF4 = (
     Numerics("float32", "none"),

@@ -16,7 +16,8 @@ from peerd.compute.llamacpp.library import is_installed
 from peerd.compute.llamacpp.loading import load_llama_engine
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import TINY, tiny_config, tiny_model, write_model
+from tests.compute.gguf_models import TINY, tiny_config, tiny_model
+from tests.compute.gguf_writer import write_model
 
 #: For tests that need the package.
 needs_llamacpp = pytest.mark.skipif(not is_installed(), reason="xllamacpp is not installed")

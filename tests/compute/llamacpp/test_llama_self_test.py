@@ -16,7 +16,8 @@ from peerd.compute.llamacpp.loading import load_llama_engine
 from peerd.compute.llamacpp.span_model import LlamaSpan
 from peerd.compute.llamacpp.supported import why_not
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf
 from tests.compute.llamacpp.conftest import TinyFile, needs_llamacpp
 
 

@@ -10,7 +10,8 @@ import pytest
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.llamacpp.span_file import write_span
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 

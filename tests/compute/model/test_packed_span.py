@@ -37,7 +37,8 @@ from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 from tests.compute.device_turns import device_turns
 from tests.compute.engine_chain import LENGTH, Chain, Part, Reference
-from tests.compute.gguf_writer import TINY, tiny_config, tiny_model, write_model
+from tests.compute.gguf_models import TINY, tiny_config, tiny_model
+from tests.compute.gguf_writer import write_model
 from tests.compute.plain_weights import with_weights_of
 
 WHOLE = Span(0, 8)

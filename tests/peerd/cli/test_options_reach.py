@@ -20,7 +20,7 @@ from peerd.cli.daemon import Daemon
 from peerd.cli.main import cli
 from peerd.discovery.mdns import open_zeroconf
 from peerd.protocol.identity import PeerId, peer_id_of
-from tests.compute.gguf_writer import tiny_config, tiny_model
+from tests.compute.gguf_models import tiny_config, tiny_model
 
 ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 PEER = peer_id_of(bytes(32))

@@ -25,7 +25,8 @@ from peerd.spans.adapters import load_adapter
 from peerd.spans.budget import dtype_of, engine_of, how_many_blocks, kv_tokens_of, memory_budget
 from peerd.spans.loading import expected_record, load
 from peerd.spans.spec import LLAMACPP, TORCH, ServeSpec
-from tests.compute.gguf_writer import tiny_config, tiny_model, write_model
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import write_model
 
 needs_llamacpp = pytest.mark.skipif(not is_installed(), reason="xllamacpp is not installed")
 MIB = 1 << 20

@@ -19,7 +19,8 @@ from peerd.spans import budget
 from peerd.spans.budget import how_many_blocks, kv_tokens_of, quantization_of
 from peerd.spans.loading import load
 from peerd.spans.spec import ServeSpec
-from tests.compute.gguf_writer import tiny_config, tiny_model, write_model
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import write_model
 
 
 @pytest.fixture

@@ -20,10 +20,13 @@ from peerd.compute.errors import CheckpointError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import TINY, metadata_of, tiny_config, tiny_model, write_gguf, write_model
+from tests.compute.gguf_models import TINY, tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, write_gguf, write_model
 
 #: Transformers reads these files wrong, or not at all.
 OURS = {"falcon_grouped", "falcon_11b", "gemma", "gpt_oss", "granite", "mixtral", "smollm3"}
+OURS |= {"cohere", "cohere2", "deepseek_v2", "deepseek_v2_grouped", "deepseek_v3", "exaone4", "exaone4_windows"}
+OURS |= {"glm4", "glm4_moe", "llama4", "mistral3", "ministral3", "olmo2", "olmo3"}
 IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(0))
 
 

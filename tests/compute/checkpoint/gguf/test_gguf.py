@@ -24,7 +24,8 @@ from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf, write_model
 
 
 def small_file(*, tensors: int | None = None, fields: int | None = None, extra: bytes = b"") -> bytes:

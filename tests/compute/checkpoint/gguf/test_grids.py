@@ -18,15 +18,8 @@ from peerd.compute.model.span_model import load_span
 from peerd.compute.model.stored_as import packing_notes
 from peerd.compute.quantized.modules import QuantizedLinear, QuantizedStack, matrices_in
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import (
-    TINY,
-    metadata_of,
-    stored_tensors,
-    tiny_config,
-    tiny_model,
-    write_gguf,
-    write_model,
-)
+from tests.compute.gguf_models import TINY, tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf, write_model
 from tests.compute.plain_weights import with_weights_of
 
 EXACT = {

@@ -21,7 +21,8 @@ from peerd.compute.errors import AdapterError, CheckpointError, DiskFullError, H
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf
 from tests.fakes.hub_server import Fault, HubServer, open_hub
 
 REPO = "org/tiny-GGUF"

@@ -15,7 +15,8 @@ from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf, write_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PHI = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2, 3, 5, 8]}

@@ -13,7 +13,8 @@ from peerd.compute.errors import CheckpointError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
-from tests.compute.gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf, write_model
 
 
 @pytest.fixture
@@ -68,3 +69,19 @@ def test_parts_of_different_models_are_refused(parts: list[Path]) -> None:
     write_gguf(parts[2], "llama", {"split.count": 3, "split.no": 2}, {})
     with pytest.raises(CheckpointError, match="its parts should hold 75 tensors, they hold 50"):
         open_checkpoint(parts[0])
+
+
+def test_a_first_part_may_hold_no_tensors(parts: list[Path], tmp_path: Path) -> None:
+    """As llama.cpp splits with `--no-tensor-first-split`, so that metadata travel alone."""
+    config = tiny_config("llama")
+    tensors = dict(stored_tensors("llama", tiny_model(config)))
+    split = {"split.count": 3, "split.tensors.count": len(tensors)}
+    first = [name for name in tensors if "blk." in name]
+    rest = {name: values for name, values in tensors.items() if name not in first}
+    write_gguf(parts[0], "llama", {**metadata_of("llama", config), **split, "split.no": 0}, {})
+    write_gguf(parts[1], "llama", {**split, "split.no": 1}, {name: tensors[name] for name in first})
+    write_gguf(parts[2], "llama", {**split, "split.no": 2}, rest)
+    write_model(tmp_path / "whole.gguf", "llama", tiny_model(config))
+    with open_checkpoint(parts[0]) as checkpoint, open_checkpoint(tmp_path / "whole.gguf") as whole:
+        assert torch.equal(load_head(checkpoint).embedding_weight, load_head(whole).embedding_weight)
+        assert checkpoint.block_digest(7) == whole.block_digest(7)

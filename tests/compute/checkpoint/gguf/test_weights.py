@@ -16,15 +16,8 @@ from peerd.compute.checkpoint.gguf.weights import GgufWeights
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
-from tests.compute.gguf_writer import (
-    TINY,
-    metadata_of,
-    stored_tensors,
-    tiny_config,
-    tiny_model,
-    write_gguf,
-    write_model,
-)
+from tests.compute.gguf_models import TINY, tiny_config, tiny_model
+from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf, write_model
 
 ROWS, COLUMNS = 7, 512
 KINDS = sorted(

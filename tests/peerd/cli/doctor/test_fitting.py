@@ -22,7 +22,8 @@ from peerd.protocol.span import Span
 from peerd.spans import budget
 from peerd.spans.budget import how_many_blocks, kv_tokens_of
 from peerd.spans.spec import ServeSpec
-from tests.compute.gguf_writer import tiny_config, tiny_model, write_model
+from tests.compute.gguf_models import tiny_config, tiny_model
+from tests.compute.gguf_writer import write_model
 
 # Enough for connections and batches, and some blocks of the tiny model.
 MEMORY = 320 * 2**20
