@@ -181,8 +181,9 @@ def quantization_of(spec: ServeSpec, checkpoint: Checkpoint) -> str:
             )
         if not has_grids(checkpoint):
             raise InvalidRequest(
-                f"{checkpoint.name} is not stored as integers in groups, as quantized GGUF, AWQ and GPTQ files are,"
-                " so there is nothing to keep packed: serve it with --quantize none or int8"
+                f"{checkpoint.name} is not stored as integers in groups, as quantized GGUF, AWQ, GPTQ and most"
+                " compressed-tensors files are, so there is nothing to keep packed: serve it with --quantize none or"
+                " int8"
             )
     return spec.quantize
 

@@ -231,8 +231,10 @@ def bnb_int8(name: str, weight: torch.Tensor) -> Made:
     return stored, values.float() * (largest / 127.0)[:, None]
 
 
-def _compressed(form: str) -> dict[str, object]:
-    return {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed", "ignore": []}
+def _compressed(form: str, bits: int = 8) -> dict[str, object]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": bits}}}
+    said = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed", "ignore": []}
+    return said | {"config_groups": groups}
 
 
 #: Name -> (what writes a matrix, the `quantization_config` beside it). All but mxfp4, whose matrices are experts.
@@ -243,10 +245,10 @@ FORMATS: dict[str, tuple[Write, dict[str, object]]] = {
     "compressed fp8": (fp8_rows, _compressed("float-quantized")),
     "compressed int8": (int8_rows, _compressed("int-quantized")),
     "compressed int8 zeros": (int8_groups_with_zero, _compressed("int-quantized")),
-    "compressed int4": (packed_symmetric, _compressed("pack-quantized")),
-    "compressed int4 zeros": (packed_with_zero, _compressed("pack-quantized")),
+    "compressed int4": (packed_symmetric, _compressed("pack-quantized", 4)),
+    "compressed int4 zeros": (packed_with_zero, _compressed("pack-quantized", 4)),
     "compressed packed int8": (packed_eight_bits, _compressed("pack-quantized")),
-    "compressed nvfp4": (nvfp4, _compressed("nvfp4-pack-quantized")),
+    "compressed nvfp4": (nvfp4, _compressed("nvfp4-pack-quantized", 4)),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}),
     "gptq shuffled": (gptq_shuffled, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
     "gptq v2": (gptq_v2, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}),

@@ -1,7 +1,8 @@
-"""Reads AWQ and GPTQ matrices as integers in groups, without dequantizing.
+"""Reads AWQ, GPTQ, compressed-tensors' integers and bitsandbytes' int8 as integers in groups, without dequantizing.
 
 Whether a matrix can be read so is seen in its pieces' shapes, before any of them is downloaded. Its columns must belong
-to groups in their order, as in all files of AWQ, and in those of GPTQ that were made without `desc_act`.
+to groups in their order, as in all files of AWQ, in those of GPTQ that were made without `desc_act`, and in those of
+compressed-tensors that store no `weight_g_idx`.
 """
 
 from __future__ import annotations
@@ -31,23 +32,49 @@ class IntegerRows(Protocol):
         ...
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+#: Finds how many columns and groups a matrix has in its pieces' shapes; None if they do not say.
+Sizes = Callable[[Shapes], tuple[int, int] | None]
+
+
+def columns_first(columns_a_word: int) -> Sizes:
+    """For words `[columns / columns_a_word, ...]` and scales `[groups, rows]`."""
+
+    def sizes(shapes: Shapes) -> tuple[int, int] | None:
+        words, scales = shapes["values"], shapes["scale"]
+        return (words[0] * columns_a_word, scales[0]) if len(words) == len(scales) == 2 else None
+
+    return sizes
+
+
+def rows_first(columns_a_word: int) -> Sizes:
+    """For words `[rows, columns / columns_a_word]` and scales `[rows, groups]`, or `[rows]` for one group."""
+
+    def sizes(shapes: Shapes) -> tuple[int, int] | None:
+        words, scales = shapes["values"], shapes["scale"]
+        # Where a file says to which group each column belongs, they are in no order.
+        if "groups" in shapes or len(words) != 2 or len(scales) not in (1, 2) or scales[0] != words[0]:
+            return None
+        return words[1] * columns_a_word, scales[1] if len(scales) == 2 else 1
+
+    return sizes
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
-    """How a format stores integers of `bits` bits: its words are `[columns / columns_a_word, ...]`, its scales
-    `[groups, rows]`.
-    """
+    """How a format stores integers of `bits` bits."""
 
     name: str
     bits: int
-    columns_a_word: int
+    sizes: Sizes
     rows: Callable[[Pieces], IntegerRows]
 
-    def grid(self, shapes: Mapping[str, tuple[int, ...]]) -> Grid | None:
+    def grid(self, shapes: Shapes) -> Grid | None:
         """The grid of a matrix whose pieces have these shapes, by their role; None if we have none for its groups."""
-        words, scales = shapes["values"], shapes["scale"]
-        if len(words) != 2 or len(scales) != 2 or not words[0] or not scales[0]:
+        columns, groups = self.sizes(shapes) or (0, 0)
+        if not columns or not groups:
             return None
-        group, rest = divmod(words[0] * self.columns_a_word, scales[0])
+        group, rest = divmod(columns, groups)
         ours = max((size for size in GROUPS if group % size == 0), default=None)
         return None if rest or ours is None else Grid(4 if self.bits <= 4 else 8, ours, True, self.name)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peerd.compute.checkpoint.packed.code_rows import Words
+from peerd.compute.checkpoint.packed.code_rows import Words, columns_first, rows_first
 from peerd.compute.checkpoint.packed.four_bits import bnb_four_bit_rows, mxfp4_rows, nvfp4_rows
 from peerd.compute.checkpoint.packed.pieces import Pieces, PlainRows, plain
 from peerd.compute.checkpoint.packed.scaled import bnb_int8_rows, scaled_rows
@@ -184,7 +184,7 @@ _WORDS = {
 def _awq(said: _Said) -> Packing:
     said.one_of("bits", (4,), 4)
     said.one_of("version", ("gemm", "GEMM"), "gemm")
-    return Packing("awq", _WORDS, "scale", awq_rows, words=Words("awq", 4, 1, awq_rows))
+    return Packing("awq", _WORDS, "scale", awq_rows, words=Words("awq", 4, columns_first(1), awq_rows))
 
 
 def _gptq(said: _Said) -> Packing:
@@ -196,14 +196,17 @@ def _gptq(said: _Said) -> Packing:
 
     # Otherwise only the pieces themselves would say whether their columns are in order.
     in_order = said.fields.get("desc_act") is False
-    words = Words("gptq", bits, WORD_BITS // bits, rows) if in_order else None
+    words = Words("gptq", bits, columns_first(WORD_BITS // bits), rows) if in_order else None
     return Packing("gptq", _WORDS, "scale", rows, words=words)
 
 
 def _bitsandbytes(said: _Said) -> Packing:
     if said.fields.get("load_in_8bit"):
         endings = {".SCB": (".weight", "scale"), ".weight_format": (".weight", "format")}
-        return Packing("bitsandbytes int8", endings, "scale", bnb_int8_rows)
+        words = Words("bitsandbytes int8", 8, rows_first(1), bnb_int8_rows)
+        return Packing("bitsandbytes int8", endings, "scale", bnb_int8_rows, words=words)
+    # Otherwise the bytes are stored as if they were numbers of another dtype.
+    said.one_of("bnb_4bit_quant_storage", ("uint8",), "uint8")
     kind = said.one_of("bnb_4bit_quant_type", ("nf4", "fp4"), "fp4")
     endings = {
         ".nested_absmax": ("", "nested_scale"),
@@ -245,7 +248,21 @@ def _compressed_tensors(said: _Said) -> Packing:
         raise said.refuse(f"they are sparse too ({sparse['format']})")
     if said.fields.get("transform_config"):
         raise said.refuse("they were rotated by a transform_config")
-    return Packing(f"compressed-tensors {form}", _COMPRESSED, "scale", _COMPRESSED_ROWS[form])
+    words = _compressed_words(form, groups if isinstance(groups, dict) else {})
+    return Packing(f"compressed-tensors {form}", _COMPRESSED, "scale", _COMPRESSED_ROWS[form], words=words)
+
+
+def _compressed_words(form: str, groups: Mapping[str, Any]) -> Words | None:
+    """How the integers of this format can be kept; None for floating point, and where matrices differ in their bits."""
+    name = f"compressed-tensors {form}"
+    if form == "int-quantized":
+        return Words(name, 8, rows_first(1), lambda pieces: scaled_rows(pieces, "int8"))
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+    stated = [own.get("num_bits") for own in weights if isinstance(own, dict)]
+    bits = next((bits for bits in (4, 8) if stated and all(each == bits for each in stated)), None)
+    if form != "pack-quantized" or bits is None:
+        return None
+    return Words(name, bits, rows_first(WORD_BITS // bits), packed_rows)
 
 
 _METHODS: Mapping[str, Callable[[_Said], Packing]] = {

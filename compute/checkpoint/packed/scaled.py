@@ -15,6 +15,8 @@ from peerd.compute.checkpoint.packed.pieces import Pieces
 
 # bitsandbytes stores the largest magnitude of each row; it stands for the value 127.
 _BNB_LARGEST = 127.0
+# What makes int8 unsigned.
+_INT8_HALF = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,15 @@ class ScaledRows:
         if self.zero is not None:
             own = own - self._spread(self.zero.float(), start, end)
         return own * self._spread(self.scale, start, end)
+
+    def integers(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For int8 with scales by row or by group: unsigned integers, scales and zero points (`IntegerRows`)."""
+        scales = self.scale[start:end]
+        points = torch.zeros_like(scales) if self.zero is None else self.zero[start:end].float()
+        return self.values[start:end].short() + _INT8_HALF, scales, points + _INT8_HALF
+
+    def in_order(self) -> bool:
+        return self.block[0] == 1 and self.values.shape[1] % self.block[1] == 0
 
     def _spread(self, by_block: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """The entries of `by_block` that apply to each value of rows `start` to `end`."""

@@ -51,8 +51,7 @@ class GptqRows:
         return values.t(), self.scales[:, start:end].t(), self.zeros[:, start:end].t()
 
     def in_order(self) -> bool:
-        columns, count = len(self.groups), len(self.scales)
-        return columns % count == 0 and torch.equal(self.groups, torch.arange(columns) // (columns // count))
+        return _in_order(self.groups, len(self.scales))
 
 
 def gptq_rows(pieces: Pieces, bits: int, *, stored_one_less: bool) -> GptqRows:
@@ -139,6 +138,15 @@ class PackedRows:
             values = values - self.zeros[start:end][:, self.groups]
         return values * self.scales[start:end][:, self.groups]
 
+    def integers(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values = unpack_words(self.words[start:end], self.bits, 1)[:, : len(self.groups)]
+        scales = self.scales[start:end]
+        points = torch.zeros_like(scales) if self.zeros is None else self.zeros[start:end]
+        return values, scales, points + _half(self.bits)
+
+    def in_order(self) -> bool:
+        return _in_order(self.groups, self.scales.shape[1])
+
 
 def packed_rows(pieces: Pieces) -> PackedRows:
     """One matrix of compressed-tensors' `pack-quantized`, of 4 or 8 bits; the shapes show which."""
@@ -165,6 +173,12 @@ def packed_rows(pieces: Pieces) -> PackedRows:
 
 def _half(bits: int) -> int:
     return 1 << (bits - 1)
+
+
+def _in_order(groups: torch.Tensor, count: int) -> bool:
+    """Whether the columns, whose groups these are, belong to `count` groups of equal size in their order."""
+    columns = len(groups)
+    return columns % count == 0 and torch.equal(groups, torch.arange(columns) // (columns // count))
 
 
 def _groups(pieces: Pieces, columns: int, count: int) -> torch.Tensor:

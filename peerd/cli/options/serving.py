@@ -44,9 +44,9 @@ _OPTIONS = (
         "--quantize",
         type=click.Choice(QUANTIZATIONS),
         help="How weights are stored: int8 takes half as much as bfloat16, nf4 a little more than a quarter; packed"
-        " keeps the weights of quantized GGUF, AWQ and GPTQ files as they are, on a CPU: the fastest; none is the"
-        " most exact. Default: packed where the file allows it and this CPU is faster so, unless --dtype is given; else"
-        " none.",
+        " keeps the weights of files quantized to integers (GGUF, AWQ, GPTQ, compressed-tensors) as they are, on a CPU:"
+        " the fastest; none is the most exact. Default: packed where the file allows it and this CPU is faster so,"
+        " unless --dtype is given; else none.",
     ),
     click.option(
         "--engine",

@@ -1,4 +1,4 @@
-"""AWQ and GPTQ matrices that stay packed are the numbers that their files stand for."""
+"""Matrices that stay packed are the numbers that their files stand for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.compute.checkpoint.packed.test_packed import quantized, save
 from tests.compute.published_formats import FORMATS
 
 TinyCheckpoint = Callable[[str], Path]
-BOTH = ["awq", "gptq"]
+GROUPED = ["awq", "gptq", "compressed int4 zeros", "compressed int8 zeros"]
+BY_ROW = ["compressed packed int8", "compressed int8", "bitsandbytes int8"]
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def written(source: Path, folder: Path, name: str) -> tuple[Path, dict[str, torc
 
 
 @pytest.mark.usefixtures("in_groups_of_32")
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", [*GROUPED, *BY_ROW])
 def test_packed_matrices_are_the_numbers_of_the_file(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, name: str
 ) -> None:
@@ -63,8 +64,8 @@ def test_packed_matrices_are_the_numbers_of_the_file(
 
 
 @pytest.mark.usefixtures("in_groups_of_32")
-@pytest.mark.parametrize("name", ["gptq shuffled", "gptq v2", "compressed int4"])
-def test_files_that_may_have_columns_in_any_order_are_dequantized(
+@pytest.mark.parametrize("name", ["gptq shuffled", "gptq v2", "compressed int4", "compressed nvfp4", "compressed fp8"])
+def test_what_is_on_no_grid_or_may_have_columns_in_any_order_is_dequantized(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, name: str
 ) -> None:
     path, _ = written(tiny_checkpoint("llama"), tmp_path, name)
@@ -72,7 +73,7 @@ def test_files_that_may_have_columns_in_any_order_are_dequantized(
         assert not list(matrices_in(load_span(checkpoint, Span(0, 1), dtype=torch.float32, quantize="packed")))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", GROUPED)
 def test_groups_that_the_kernel_does_not_know_are_dequantized(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, name: str
 ) -> None:
