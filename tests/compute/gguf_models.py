@@ -23,6 +23,7 @@ _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, 
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
 _YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"] * 2
+_CONVOLVED = ["conv", "conv", "full_attention", "conv"] * 2
 _ROUTED = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -71,11 +72,13 @@ TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
             "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
         },
     ),
-    "exaone4": ("exaone4", "exaone4", {"head_dim": 16, "sliding_window": None}),
+    "exaone4": ("exaone4", "exaone4", {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 8}),
     "exaone4_windows": ("exaone4", "exaone4", {"head_dim": 16, "sliding_window": 16, "layer_types": _MIXED}),
     "gemma": ("gemma", "gemma", {"head_dim": 16}),
     "glm4": ("glm4", "glm4", {"head_dim": 16, "partial_rotary_factor": 0.25}),
     "glm4_moe": ("glm4moe", "glm4_moe", {**_ROUTED, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
+    "lfm2": ("lfm2", "lfm2", {"layer_types": _CONVOLVED, "conv_bias": True, "block_multiple_of": 8, "norm_eps": 1e-3}),
+    "lfm2_moe": ("lfm2moe", "lfm2_moe", {**_EXPERTS, "layer_types": _CONVOLVED, "num_dense_layers": 2}),
     "llama4": (
         "llama4",
         "llama4_text",
@@ -168,7 +171,8 @@ def tiny_config(name: str) -> Any:
     known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
     # A configuration writes into the dictionaries that it is given.
     fields = copy.deepcopy({**{key: value for key, value in _COMMON.items() if key in known}, **more})
-    return kind(**{key: value for key, value in fields.items() if value is not None})
+    # None takes a common field away; of others it is the value.
+    return kind(**{key: value for key, value in fields.items() if value is not None or key not in _COMMON})
 
 
 def tiny_model(config: Any) -> Any:

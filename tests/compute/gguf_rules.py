@@ -66,6 +66,23 @@ def _mistral3(config: Any) -> dict[str, Any]:
     }
 
 
+def _lfm2(config: Any) -> dict[str, Any]:
+    """The feed-forward's width is that of its matrices, which an LFM2 computes from the one that it states."""
+    width = config.intermediate_size
+    if getattr(config, "block_auto_adjust_ff_dim", False):
+        step, width = config.block_multiple_of, int(config.block_ffn_dim_multiplier * int(2 * width / 3))
+        width = -(-width // step) * step
+    heads = [config.num_key_value_heads if kind != "conv" else 0 for kind in config.layer_types]
+    return {
+        "feed_forward_length": width,
+        "attention.head_count_kv": heads,
+        "attention.layer_norm_epsilon": None,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "shortconv.l_cache": config.conv_L_cache,
+        "leading_dense_block_count": getattr(config, "num_dense_layers", None),
+    }
+
+
 def _cohere(config: Any) -> dict[str, Any]:
     window = getattr(config, "sliding_window", None)
     return {"logit_scale": config.logit_scale, "rope.scaling.type": "none", "attention.sliding_window": window}
@@ -85,6 +102,8 @@ _METADATA: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "deepseek2": _deepseek2,
     "exaone4": _windowed,
     "glm4moe": _glm4moe,
+    "lfm2": _lfm2,
+    "lfm2moe": _lfm2,
     "llama4": _llama4,
     "mistral3": _mistral3,
     "olmo2": _windowed,

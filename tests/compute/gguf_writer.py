@@ -115,6 +115,7 @@ def stored_tensors(architecture: str, model: Any) -> Stored:
             # As the converter names parameters that are no part of a layer.
             stem, suffix = {
                 "sinks": (name, "weight"),
+                "expert_bias": (name, "bias"),
                 "e_score_correction_bias": (f"{stem}.e_score_correction", "bias"),
             }[suffix]
         stored = names.get_name(stem) or names.get_name(stem.removeprefix(prefix))
@@ -189,6 +190,10 @@ def _qwen2moe(name: str, values: Array, _: Any) -> Array:
     return values[0] if name.endswith("shared_expert_gate.weight") else values
 
 
+def _lfm2(name: str, values: Array, _: Any) -> Array:
+    return values[:, 0] if name.endswith("conv.conv.weight") else values
+
+
 _REORDERED: Mapping[str, Callable[[str, Array, Any], Array]] = {
     "bloom": _bloom,
     "falcon": _falcon,
@@ -197,6 +202,8 @@ _REORDERED: Mapping[str, Callable[[str, Array, Any], Array]] = {
     "gemma3": _shifted_norms,
     "gpt2": _gpt2,
     "granite": _llama,
+    "lfm2": _lfm2,
+    "lfm2moe": _lfm2,
     "llama": _llama,
     "mistral3": _llama,
     "nemotron": _shifted_norms,

@@ -61,6 +61,13 @@ _ROUTED = {
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 _LATENT = {"attention.kv_lora_rank": "kv_lora_rank", "rope.dimension_count": "qk_rope_head_dim"}
+_LFM = {"attention.layer_norm_rms_epsilon": "norm_eps"}
+_LFM_ROUTED = {
+    "leading_dense_block_count": "num_dense_layers",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 _LLAMA4 = {
     "feed_forward_length": "intermediate_size_mlp",
     "expert_feed_forward_length": "intermediate_size",
@@ -88,6 +95,8 @@ _ROWS = (
     Architecture("glm4moe", "glm4_moe", table=_COMMON, more={**_ROUTED, **_WIDTH}, partial_rotary=True),
     Architecture("granite", "granite", table="llama", more=_GRANITE, processor="llama"),
     Architecture("llama4", "llama4_text", table=_COMMON, more={**_LLAMA4, **_WIDTH}),
+    Architecture("lfm2", "lfm2", more=_LFM),
+    Architecture("lfm2moe", "lfm2_moe", table="lfm2", more={**_LFM, **_LFM_ROUTED}),
     Architecture("mistral3", "mistral", table="llama", more={**_WIDTH, **_WINDOW}, processor="llama"),
     Architecture("olmo2", "olmo2", table=_COMMON),
     Architecture("smollm3", "smollm3", table="llama", processor="llama"),
@@ -133,13 +142,12 @@ _OLMO3 = Architecture("olmo2", "olmo3", table=_COMMON, more=_WINDOW, rope_by_kin
 # The vocabulary of GLM-4.7 Flash. Its first files say nothing of the sigmoid by which it chooses experts.
 _GLM_FLASH_VOCABULARY = 154880
 
-_RECURRENT = "some of its blocks keep a state rather than keys and values"
+_RECURRENT = "some of its blocks keep a state rather than keys and values, which we do not read from GGUF files"
 _ENCODER = "it is an encoder and a decoder, not a chain of blocks"
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "mamba": _RECURRENT,
         "mamba2": _RECURRENT,
-        "lfm2": _RECURRENT,
         "qwen35": _RECURRENT,
         "qwen35moe": _RECURRENT,
         "qwen3next": _RECURRENT,

@@ -112,6 +112,23 @@ def _exaone4(file: GgufFiles, fields: Fields) -> dict[str, Any]:
     return {"sliding_window": window or None, "layer_types": types}
 
 
+def _lfm2(file: GgufFiles, fields: Fields) -> dict[str, Any]:
+    # Blocks with a convolution have no key heads. What else makes the feed-forward's width is in the width already.
+    blocks, heads = _blocks(file, fields), fields.get("num_key_value_heads")
+    if not isinstance(heads, tuple) or len(heads) != blocks or not all(type(count) is int for count in heads):
+        raise CheckpointError(f"{file.path}: its key heads by block are {heads!r}")
+    return {
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+        "num_key_value_heads": max(heads),
+        "conv_bias": any(name.endswith(".shortconv.conv.bias") for name in file.tensors),
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def _lfm2_moe(file: GgufFiles, fields: Fields) -> dict[str, Any]:
+    return {**_lfm2(file, fields), "use_expert_bias": any(".exp_probs_b." in name for name in file.tensors)}
+
+
 def _olmo3(file: GgufFiles, fields: Fields) -> dict[str, Any]:
     return {"layer_types": _layer_types(file, "olmo2", _blocks(file, fields))}
 
@@ -190,6 +207,8 @@ _OF: Mapping[str, Facts] = MappingProxyType(
         "falcon": _falcon,
         "glm4": _glm4,
         "glm4_moe": _glm4_moe,
+        "lfm2": _lfm2,
+        "lfm2_moe": _lfm2_moe,
         "llama": _llama,
         "llama4_text": _llama4,
         "minimax_m2": _minimax_m2,

@@ -143,6 +143,28 @@ class DeepseekProcessor(ExpertsProcessor):
         return _reader.GGUFTensor(weights, None, {})
 
 
+class Lfm2MoeProcessor(TensorProcessor):  # type: ignore[misc]
+    """Reads experts like Qwen, and the kernels of convolutions, which GGUF has without their axis of one."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config=config)
+        self._experts = _reader.Qwen2MoeTensorProcessor(config=config)
+        self._convolutions = _reader.Lfm2TensorProcessor(config=config)
+
+    def perform_fallback_tensor_mapping(self, names: Any, suffix: str, qual_name: str, hf_name: str) -> None:
+        if match := _EXPERTS.fullmatch(hf_name):
+            for part in ("gate", "up") if match[2] == "gate_up_proj" else ("down",):
+                names[f"blk.{match[1]}.ffn_{part}_exps"] = qual_name + hf_name
+
+    def adapt_names(self, names: dict[str, str], stored: Container[str]) -> dict[str, str]:
+        """These names, with the ending of the corrections of routers."""
+        return {f"{name}.bias" if name.endswith(".exp_probs_b") else name: each for name, each in names.items()}
+
+    def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
+        owner = self._experts if "_exps." in name else self._convolutions
+        return owner.process(weights, name, **kwargs)
+
+
 class Llama4Processor(TensorProcessor):  # type: ignore[misc]
     """Transposes the experts' matrices, and puts their gate and up matrices side by side."""
 
@@ -173,6 +195,7 @@ OURS: Mapping[str, Any] = MappingProxyType(
         "falcon": FalconProcessor,
         "glm4_moe": ExpertsProcessor,
         "gpt_oss": GptOssProcessor,
+        "lfm2_moe": Lfm2MoeProcessor,
         "llama4_text": Llama4Processor,
         "mixtral": MixtralProcessor,
     }
