@@ -100,6 +100,24 @@ def test_an_adapter_is_what_peft_makes_of_its_file(base: Path, tmp_path: Path, f
     assert not fields or not torch.allclose(plain, expected, atol=1e-2), "the field changes something"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"q_proj": 8, "layers.1.self_attn.v_proj": 2}, "alpha_pattern": {"v_proj": 32}},
+        {"rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 9}, "use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"down_proj": 5}, "alpha_pattern": {"down_proj": 3, "q_proj": 7}, "use_rslora": True},
+    ],
+    ids=["ranks and alphas", "rslora with a rank", "rslora with both"],
+)
+def test_ranks_and_alphas_of_single_modules_are_pefts(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    adapter = saved(base, tmp_path / "adapter", **settings)
+    expected = logits_of_peft(base, adapter)
+    torch.testing.assert_close(logits_of_spans(base, adapter), expected, rtol=1e-4, atol=1e-4)
+    # Without the patterns peft could not even load these ranks; without the alphas the scale would be another.
+    with_plain_alpha = logits_of_spans(base, saved(base, tmp_path / "plain", **{**settings, "lora_alpha": 100}))
+    assert not torch.allclose(with_plain_alpha, expected, atol=1e-2)
+
+
 def test_an_adapter_of_which_nothing_is_meant_is_refused(base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter")
     edit(adapter, target_modules=["o_proj"])
