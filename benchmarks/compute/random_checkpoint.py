@@ -123,7 +123,12 @@ class RandomWeights:
 
 def random_checkpoint(name: str, device: str | torch.device, dtype: torch.dtype) -> Checkpoint:
     """A checkpoint of one of `GEOMETRIES`, whose tensors are made on `device`."""
-    fields = GEOMETRIES[name] | {"dtype": str(dtype).removeprefix("torch.")}
+    return checkpoint_of(name, GEOMETRIES[name], device, dtype)
+
+
+def checkpoint_of(name: str, fields: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype) -> Checkpoint:
+    """A checkpoint of these fields of a configuration, whose tensors are made on `device`."""
+    fields = {**fields, "dtype": str(dtype).removeprefix("torch.")}
     family = family_named(fields["model_type"])
     config = make_config(family, dict(fields), name)
     decoder = build_on_meta(family.decoder_type(), config, dtype)
