@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Fields for the way in which weights are quantized. The second is an old name (neuralmagic), the third is MLX's.
 _QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
+# What families call the number of their blocks.
+_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # For these ropes `factor` multiplies the length, which a configuration may state unscaled. For all other ropes, and
 # where blocks have ropes of several kinds (Gemma 3), `max_position_embeddings` is the scaled length.
 _LENGTHENING = ("yarn", "dynamic", "linear")
@@ -67,6 +69,10 @@ def make_config(family: Family, fields: Mapping[str, Any], where: object) -> Pre
     """
     from huggingface_hub.errors import StrictDataclassError
 
+    # Some classes list all blocks while they are made: billions of them would take all memory.
+    for name in _BLOCK_COUNTS:
+        if isinstance(count := fields.get(name), int) and count > MAX_BLOCKS:
+            raise CheckpointError(f"{where}: {name} is {count}; peerd serves models of up to {MAX_BLOCKS} blocks")
     # With these fields Transformers would look for the package that quantized the weights.
     plain = {name: value for name, value in fields.items() if name not in _QUANTIZATION_FIELDS}
     try:

@@ -110,6 +110,13 @@ def test_a_model_whose_blocks_see_later_positions_is_refused(tiny_checkpoint: Ti
         open_checkpoint(changed(tiny_checkpoint("qwen2"), tmp_path / "a", is_causal=False))
 
 
+def test_billions_of_blocks_are_refused_before_they_are_listed(tmp_path: Path) -> None:
+    """Gemma 3's configuration makes a list of all blocks' types, which would take all memory."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", "num_hidden_layers": 2**32 - 1}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 4294967295; peerd serves models of up to 4096"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("place", ["mtp.", "medusa.0.", "talker.", "model.layers.0.", "model.draft."])
 def test_a_head_that_is_not_the_models_own_is_left_alone(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, place: str
