@@ -31,7 +31,7 @@ _UNUSED = tuple(
 _PIECE = re.compile(
     r"(_scale_inv|weight_scale(_2)?|weight_packed|weight_shape|weight_zero_point|weight_g_idx|weight_global_scale"
     r"|input_scale|\.(scales|qweight|qzeros|g_idx|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map)"
-    r"|_blocks|_scales|quant_state\.bitsandbytes__\w+)"
+    r"|_blocks|_scales|quant_state\.bitsandbytes__\w+)$"
 )
 # Families whose linear layers are Conv1D, with transposed matrices: the methods treat these in different ways.
 _TURNED = ("gpt2",)
@@ -131,7 +131,7 @@ def refuse_stray_pieces(stored_names: Iterable[str], layers: str, where: object)
     misread.
     """
     for name in stored_names:
-        if f"{layers}." in name and (found := _PIECE.search(name)) and name.endswith(found[0]):
+        if f"{layers}." in name and _PIECE.search(name):
             raise UnsupportedModelError(
                 f"{where}: {name} belongs to quantized weights, and its configuration does not say how they are to be"
                 " read"

@@ -262,6 +262,9 @@ def test_quantized_weights_that_the_configuration_does_not_tell_of_are_refused(
     stored, _ = quantized(source, int8_rows)
     with pytest.raises(UnsupportedModelError, match=r"weight_scale belongs to quantized weights"):
         open_checkpoint(save(source, tmp_path / "scales", stored))
+    scaled, _ = quantized(source, fp8_blocks)
+    with pytest.raises(UnsupportedModelError, match=r"weight_scale_inv belongs to quantized weights"):
+        open_checkpoint(save(source, tmp_path / "inverse scales", scaled))
     without = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale")}
     with (
         open_checkpoint(save(source, tmp_path / "integers", without)) as checkpoint,
