@@ -29,6 +29,7 @@ _.get_conv_state
 _.get_recurrent_state
 _.has_previous_state
 _.is_recording_past
+_.pre_tokenizer
 _.record_past
 _.update_conv_state
 _.update_recurrent_state

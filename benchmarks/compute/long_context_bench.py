@@ -1,18 +1,16 @@
-"""Measures how an engine decodes behind long contexts, beside Transformers' own decoder, and what a position takes.
+"""Measures how an engine decodes behind long contexts, beside Transformers' own decoder.
 
     python -m benchmarks.compute.long_context_bench [--contexts 1024 8192 32768] [--families llama gpt_oss]
 
 A decode reads all keys and values before it, whatever numbers they are. So the engine takes a prompt without computing
 its attention, and Transformers' cache is filled with random numbers of the same shapes. Then both decode in turns, one
-position each, and the fastest turns of each count, in CPU time of one thread. The last columns compare the memory that
-became resident while the engine took the prompt with what the span's budget says of so many positions.
+position each, and the fastest turns of each count, in CPU time of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +20,6 @@ from transformers import DynamicCache
 from benchmarks.compute.random_checkpoint import checkpoint_of
 from peerd.compute.attention.attention import BlockAttention, register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
-from peerd.compute.engine.capacity import span_budget
 from peerd.compute.engine.engine import Engine
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
@@ -32,7 +29,6 @@ from peerd.protocol.span import Span
 TURNS = 16
 SPAN = Span(0, 2)
 CHUNK = 2048
-_PAGE_BYTES = 4096
 clock = time.thread_time
 
 #: The proportions of published models, at a width that one thread can bear. Those of one family have what it calls so.
@@ -70,20 +66,14 @@ _EAGER = ("gemma2", "gpt_oss")
 
 
 def compared(checkpoint: Checkpoint, context: int) -> str:
-    """One line: milliseconds a position of the engine and of Transformers, and the memory of the context in MiB."""
+    """Milliseconds a position of the engine and of Transformers, and their ratio."""
     name = checkpoint.family.model_type
     model = load_span(checkpoint, SPAN, dtype=torch.float32, attention=register_attention())
     plain = load_span(checkpoint, SPAN, dtype=torch.float32, attention="eager" if name in _EAGER else "sdpa")
     engine = Engine(model, kv_tokens=context + CHUNK)
-    before = resident_bytes()
     fill(engine, model, context)
-    taken = resident_bytes() - before
-    said = span_budget(checkpoint, SPAN, torch.float32, batch_tokens=CHUNK).kv_per_token * context
     own_s, local_s = turns_s(engine, plain, filled_cache(plain, context), context)
-    return (
-        f"{own_s * 1000:8.2f} {local_s * 1000:8.2f} {own_s / local_s:6.2f}"
-        f"   {taken / 2**20:7.1f} taken {said / 2**20:7.1f} said"
-    )
+    return f"{own_s * 1000:8.2f} {local_s * 1000:12.2f} {own_s / local_s:6.2f}"
 
 
 def fill(engine: Engine, model: SpanModel, context: int) -> None:
@@ -132,18 +122,13 @@ def step(engine: Engine, start: int, hidden: torch.Tensor) -> None:
             assert result.error is None, result.error
 
 
-def resident_bytes() -> int:
-    """The memory of this process that is not swapped out."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("                      engine,  Transf., ratio of CPU ms a position; MiB of the context")
+    print("CPU ms a position:     engine Transformers  ratio")
     for name in args.families:
         checkpoint = checkpoint_of(name, {"model_type": name, **_SIZES, **FAMILIES[name]}, "cpu", torch.float32)
         for context in args.contexts:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peerd.compute.checkpoint.gguf.splits import cut_as_stated
+from peerd.compute.checkpoint.gguf.weights import GgufWeights
 from peerd.compute.checkpoint.turn_ends import KNOWN_ENDS, turn_ends
 from peerd.compute.errors import CheckpointError
 
@@ -35,6 +37,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
                 load: Any = PreTrainedTokenizerFast.from_pretrained
                 tokenizer = load(str(file.parent), gguf_file=file.name, local_files_only=True)
+            weights = checkpoint.weights
+            assert isinstance(weights, GgufWeights)
+            cut_as_stated(tokenizer, weights.file.metadata, path)
         else:
             from transformers import AutoTokenizer
 
