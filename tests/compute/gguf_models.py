@@ -84,6 +84,24 @@ TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama4_text",
         {**_EXPERTS, "head_dim": 16, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 40, "use_qk_norm": True},
     ),
+    # Llama 4 Scout scales by steps: its two factors are equal.
+    "llama4_scout": (
+        "llama4",
+        "llama4_text",
+        {
+            **_EXPERTS,
+            "head_dim": 16,
+            "intermediate_size_mlp": 40,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
     "mistral3": ("mistral3", "mistral", {"head_dim": 16, "sliding_window": None}),
     "ministral3": (
         "mistral3",

@@ -18,9 +18,11 @@ from peerd.compute.checkpoint.gguf.architectures import Architecture
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.errors import CheckpointError, UnsupportedModelError
 
-# Llama 3.1 to 3.3 were published with these values and with factors of 8 and 32; llama.cpp stores the resulting
-# divisors.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Llama 3.1 to 3.3 and EXAONE 4 were published with the first of these bands of turns over the original length, in which
+# frequencies are divided by a part of the factor; Llama 4 Scout with the second, which is empty. llama.cpp stores the
+# resulting divisors.
+_LLAMA3_BANDS = ((1.0, 4.0), (1.0, 1.0))
+_LLAMA3_LENGTH = 8192
 _FACTORS = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 # What `yarn_log_multiplier` is multiplied by to give YaRN's `mscale_all_dim`: llama.cpp's converter writes a tenth of
@@ -73,7 +75,7 @@ def _scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) -> d
         return _yarn(stated, _LOG_MULTIPLIERS.get(architecture))
     if kind != "none":
         raise UnsupportedModelError(f"{file.path}: its RoPE is scaled ({kind}), which GGUF states incompletely")
-    return _llama3(file, fields) if _FACTORS in file.tensors else None
+    return _llama3(file, architecture, fields) if _FACTORS in file.tensors else None
 
 
 def head_width(fields: Mapping[str, Any]) -> int:
@@ -138,7 +140,7 @@ def _by_lists(stated: _Stated, short: list[float], long: list[float]) -> dict[st
     }
 
 
-def _llama3(file: GgufFiles, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _llama3(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     factors = _factors(file, _FACTORS)
     half = head_width(fields) // 2
     if len(factors) != half:
@@ -147,8 +149,17 @@ def _llama3(file: GgufFiles, fields: Mapping[str, Any]) -> dict[str, Any]:
     # The slowest frequencies are divided by the whole factor.
     factor = round(max(factors), 3)
     base = float(fields.get("rope_theta", 10000.0))
-    if np.allclose(found, _llama3_factors(len(factors), base, factor), rtol=1e-5, atol=0):
-        return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    for low, high in _LLAMA3_BANDS:
+        if np.allclose(found, _llama3_factors(len(factors), base, factor, low, high), rtol=1e-5, atol=0):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": _LLAMA3_LENGTH,
+            }
+    if architecture == "llama4":
+        raise UnsupportedModelError(f"{file.path}: its RoPE is scaled by factors that follow no rule which we know")
     length = fields.get("max_position_embeddings")
     if not isinstance(length, int):
         raise CheckpointError(f"{file.path}: its RoPE is scaled, and its context length is {length!r}")
@@ -162,11 +173,10 @@ def _llama3(file: GgufFiles, fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _llama3_factors(count: int, base: float, factor: float) -> NDArray[np.float64]:
+def _llama3_factors(count: int, base: float, factor: float, low: float, high: float) -> NDArray[np.float64]:
     """The divisors that Llama 3's rule gives for `count` frequencies."""
-    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    turns = _LLAMA3["original_max_position_embeddings"] * base ** (-np.arange(count) / count) / (2 * math.pi)
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    turns = _LLAMA3_LENGTH * base ** (-np.arange(count) / count) / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns > low).astype(np.float64)
     return 1 / ((1 - smooth) / factor + smooth)
 
 

@@ -26,7 +26,7 @@ from tests.compute.gguf_writer import metadata_of, write_gguf, write_model
 #: Transformers reads these files wrong, or not at all.
 OURS = {"falcon_grouped", "falcon_11b", "gemma", "gpt_oss", "granite", "mixtral", "smollm3"}
 OURS |= {"cohere", "cohere2", "deepseek_v2", "deepseek_v2_grouped", "deepseek_v3", "exaone4", "exaone4_windows"}
-OURS |= {"glm4", "glm4_moe", "lfm2", "lfm2_moe", "llama4", "mistral3", "ministral3", "olmo2", "olmo3"}
+OURS |= {"glm4", "glm4_moe", "lfm2", "lfm2_moe", "llama4", "llama4_scout", "mistral3", "ministral3", "olmo2", "olmo3"}
 IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(0))
 
 

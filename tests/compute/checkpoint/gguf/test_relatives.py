@@ -137,6 +137,13 @@ def test_a_llama_4_without_a_window_turns_all_blocks(nothing: Callable[..., Any]
     assert all(config.no_rope_layers)
 
 
+def test_a_llama_4_whose_factors_follow_no_rule_is_refused(write: Write) -> None:
+    """Its rotary embeddings are complex numbers, which follow no list."""
+    path = write("llama4", lambda tensors: tensors.update({"rope_freqs.weight": np.arange(1.0, 9.0)}))
+    with pytest.raises(UnsupportedModelError, match="scaled by factors that follow no rule"):
+        open_checkpoint(path)
+
+
 def test_windows_stand_in_a_list_or_follow_from_a_number(nothing: Callable[..., Any]) -> None:
     listed = nothing("olmo3").layer_types
     every_fourth = (["sliding_attention"] * 3 + ["full_attention"]) * 2
