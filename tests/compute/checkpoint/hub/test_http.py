@@ -326,11 +326,11 @@ def test_a_repository_without_safetensors_is_refused_before_anything_is_fetched(
 def test_a_model_that_cannot_run_costs_no_weights(
     hub: HubServer, settings: HubSettings, shards: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(shards, tmp_path / "mamba")
+    folder = shutil.copytree(shards, tmp_path / "gemma")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma3n_text"}))
     hub.push(REPO, folder)
-    with pytest.raises(CheckpointError, match="mamba"):
+    with pytest.raises(CheckpointError, match="gemma3n"):
         open_checkpoint(REPO, hub=settings)
     assert not fetched(hub)
 
