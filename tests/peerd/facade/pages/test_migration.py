@@ -148,6 +148,43 @@ def going_back(world: World) -> None:
     close(world.normed(world.call(run)), world.states[-1][0, 3:])
 
 
+def assisted(world: World) -> None:
+    assert torch.equal(world.remote.generate(IDS, assistant_model=world.local, **GREEDY), world.answer)
+
+
+def configuration(world: World) -> None:
+    assert type(world.remote.config) is type(world.local.config)
+    assert world.remote.config.hidden_size == 64
+
+
+def goes_on_from_the_whole_text(world: World) -> None:
+    cache, opened = DynamicCache(config=world.remote.config), world.remote.swarm.sessions_opened
+    text, new_ids = IDS, torch.tensor([[7, 8]])
+    for _ in range(2):
+        text = world.remote.generate(
+            text, **GREEDY | {"attention_mask": torch.ones_like(text)}, **given(world.remote, cache)
+        )
+        text = torch.cat((text, new_ids), 1)
+    # The second answer is longer than the session that was opened for the first.
+    assert world.remote.swarm.sessions_opened - opened <= 2
+    expected = torch.cat((world.answer, new_ids), 1)
+    expected = world.local.generate(expected, **GREEDY | {"attention_mask": torch.ones_like(expected)})
+    assert torch.equal(text[:, :-2], expected)
+
+
+def one_block(world: World) -> None:
+    with torch.no_grad():
+        close(world.remote.model.layers[3](world.states[3]), world.states[4])
+
+
+def without_a_head(world: World) -> None:
+    async def run() -> torch.Tensor:
+        done = await world.library.forward(world.states[3], blocks=peerd.Span(3, 7), keep=False)
+        return done.output.view_as(world.states[7])
+
+    close(world.call(run), world.states[7])
+
+
 def layers(world: World) -> None:
     assert len(world.remote.model.layers) == 8
 
@@ -209,6 +246,8 @@ ROWS: dict[str, Callable[[World], None]] = {
     "`AutoDistributedModel`": bare,
     "`AutoDistributedModelForSequenceClassification`": classifier,
     "`DistributedLlamaForCausalLM` and the like": causal,
+    "`AutoDistributedSpeculativeModel`": assisted,
+    "`AutoDistributedConfig`": configuration,
     "`initial_peers=[...]`": causal,
     "`dht_prefix=`": causal,
     "`torch_dtype=`": head_dtype,
@@ -219,14 +258,19 @@ ROWS: dict[str, Callable[[World], None]] = {
     "`model.generate(...)`": causal,
     "`with model.inference_session(max_length=512):`": one_cache,
     "`model.generate(..., session=session)`": one_cache,
+    "`with model.use_session(session):`, `model.active_session`": one_cache,
+    "`model.generate(new_ids)` and `session.output_ids` in a session": goes_on_from_the_whole_text,
     "`session.position = n`": going_back,
     "`model.transformer.h`, `model.model.layers`": layers,
     "`model.model.layers[3:7](hidden)`": slices,
+    "`model.model.layers[3](hidden)`, `RemoteTransformerBlock`": one_block,
+    "`RemoteSequential(config, ...)` without a model's head": without_a_head,
     "`model.model.layers.inference_session(max_length=512)`": going_back,
     "`session.step(hidden, hypo_ids=...)`": forks,
     "`session.step(hidden, prompts=...)`": session_prompts,
     '`tuning_mode="ptune"`, `"deep_ptune"`, `pre_seq_len=16`': tuning,
     "`model.transformer.prompt_embeddings`, `intermediate_prompt_embeddings`": tuning,
+    "`model.transformer.get_prompt(batch_size)`": tuning,
     "`model.score` of a sequence classifier": classifier,
     "a module of your own between `layers[:n]` and `layers[n:]`": own_module,
     "LoRA by `peft.get_peft_model`, with weights and optimizer at the client": lora,
