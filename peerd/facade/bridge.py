@@ -50,11 +50,18 @@ class _Job:
             with self.scope:
                 result = await outcome.acapture(self.async_fn, *self.args)
                 # Trio's own Cancelled must not leave the loop: the caller was interrupted, or the loop ends.
-                if isinstance(result, outcome.Error) and isinstance(result.error, trio.Cancelled):
+                if isinstance(result, outcome.Error) and _is_cancelled(result.error):
                     raise result.error
                 self.result = result
         finally:
             self.done.release()
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether this is a cancellation, or a group of nothing else, as nurseries raise it."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)[1] is None
+    return isinstance(error, trio.Cancelled)
 
 
 class Bridge:

@@ -115,7 +115,8 @@ class RemotePreTrainedModel(Sharing):
         except BaseException:
             bridge.close()
             raise
-        weakref.finalize(made, bridge.stop).atexit = False
+        # Autograd graphs hold the swarm, and may outlive the model.
+        weakref.finalize(made.swarm, bridge.stop).atexit = False
         made.name_or_path = made.config._name_or_path = str(model)
         if tuning_mode is not None:
             facts = blocks.facts

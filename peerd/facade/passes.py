@@ -19,7 +19,6 @@ from peerd.client.training.trained import Gradients
 from peerd.compute.adapters.lora import BlockModule
 from peerd.facade.backend import AnyPass, Backend
 from peerd.facade.blocks import Call
-from peerd.facade.bridge import Bridge
 from peerd.facade.lora import LoraTensors
 from peerd.protocol.span import Span
 
@@ -144,15 +143,18 @@ def _differentiable(
 
 
 class _Held:
-    """A pass whose hops keep memory until its backward, or until this object is garbage."""
+    """A pass whose hops keep memory until its backward, or until this object is garbage.
 
-    def __init__(self, bridge: Bridge, done: AnyPass) -> None:
-        self._bridge, self._done = bridge, done
-        finalizer = weakref.finalize(self, bridge.post, done.close)
+    It holds the backend, so that a program that keeps only its loss can still go back.
+    """
+
+    def __init__(self, backend: Backend, done: AnyPass) -> None:
+        self._backend, self._done = backend, done
+        finalizer = weakref.finalize(self, backend.bridge.post, done.close)
         finalizer.atexit = False
 
     def backward(self, grad: torch.Tensor) -> Gradients:
-        return self._bridge.call(self._done.backward, grad)
+        return self._backend.bridge.call(self._done.backward, grad)
 
 
 def _wire(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -184,7 +186,7 @@ class _Through(torch.autograd.Function):
             **beside.wire(matrices),
         )
         done: AnyPass = backend.bridge.call(ask)
-        ctx.held = _Held(backend.bridge, done) if keep else None
+        ctx.held = _Held(backend, done) if keep else None
         ctx.pairs, ctx.prefixes = tuple(beside.lora), tuple(beside.prefixes)
         ctx.likes = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in (deep, packed, *matrices)]
         output: torch.Tensor = done.output.to(packed.device, packed.dtype)

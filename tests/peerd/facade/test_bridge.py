@@ -117,6 +117,29 @@ def test_closing_ends_the_calls_that_wait(bridge: Bridge) -> None:
     assert found == ["the model was closed meanwhile"]
 
 
+def test_a_call_in_several_tasks_ends_as_one_task_does_when_the_bridge_is_closed(bridge: Bridge) -> None:
+    begun, found = threading.Event(), []
+
+    async def wait() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(trio.sleep_forever)
+            begun.set()
+
+    def ask() -> None:
+        try:
+            bridge.call(wait)
+        except BridgeClosed as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert begun.wait(10)
+    bridge.close()
+    thread.join(10)
+    assert found == ["the model was closed meanwhile"]
+
+
 def test_a_held_manager_is_entered_once_and_left_by_its_close(bridge: Bridge) -> None:
     value, close = bridge.hold(held(None, trio.Event()))
     assert value == "value"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 from pathlib import Path
@@ -266,6 +267,27 @@ def test_several_forwards_may_wait_for_their_backward_in_any_order(local: Any, r
         losses_[1].backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_a_loss_goes_back_through_a_model_that_the_program_has_forgotten(
+    servers: Any, llama_path: Path, local: Any
+) -> None:
+    gradients, threads = [], set(threading.enumerate())
+    model: Any = peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap)
+    (thread,) = (each for each in threading.enumerate() if each.name == "peerd" and each not in threads)
+    for each in (model, local):
+        leaf = local.get_input_embeddings()(IDS).detach().requires_grad_()
+        gradients.append((each(inputs_embeds=leaf, use_cache=False).logits.mean(), leaf))
+    del model, each
+    gc.collect()
+    for loss, _ in gradients:
+        loss.backward()
+    torch.testing.assert_close(gradients[0][1].grad, gradients[1][1].grad, rtol=1e-3, atol=1e-6)
+    del loss
+    gradients.clear()
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_second_backward_and_copies_are_refused(remote: Any, tmp_path: Path) -> None:
