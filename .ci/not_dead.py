@@ -28,6 +28,7 @@ _.get_mask_sizes
 _.get_conv_state
 _.get_recurrent_state
 _.has_previous_state
+_.init_continuous_batching
 _.is_recording_past
 _.pre_tokenizer
 _.record_past

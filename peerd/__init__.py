@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
     from peerd.compute.errors import AdapterError, CheckpointError
-    from peerd.facade.auto import RemoteConfig
+    from peerd.facade.auto import AutoModelForCausalLM, RemoteConfig
     from peerd.facade.model import (
-        AutoModelForCausalLM,
         RemoteModel,
         RemoteModelForCausalLM,
         RemoteModelForSequenceClassification,
@@ -122,7 +121,7 @@ _MODULE_OF = {
     "RemoteModel": "peerd.facade.model",
     "RemoteModelForCausalLM": "peerd.facade.model",
     "RemoteModelForSequenceClassification": "peerd.facade.model",
-    "AutoModelForCausalLM": "peerd.facade.model",
+    "AutoModelForCausalLM": "peerd.facade.auto",
     "RemoteConfig": "peerd.facade.auto",
     "Generation": "peerd.client.generation",
     "Token": "peerd.client.generation",

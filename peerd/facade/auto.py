@@ -1,4 +1,4 @@
-"""Lets Transformers' AutoConfig and AutoModelForCausalLM open a directory that names a model of a swarm.
+"""Opens a causal model as the Auto classes do: ours by its name, Transformers' own by a directory that names a model.
 
     peerd.RemoteConfig(model="org/name", bootstrap=[ADDRESS]).save_pretrained("mine")
     transformers.AutoModelForCausalLM.from_pretrained("mine")
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
 
 from peerd.facade.model import RemoteModelForCausalLM
 
@@ -58,5 +59,17 @@ class _Opens:
         return RemoteModelForCausalLM.from_pretrained(config.model, **(named | wanted))
 
 
+class AutoModelForCausalLM:
+    """Like the class of that name in Transformers, but opens a model of a swarm."""
+
+    def __init__(self) -> None:
+        raise TypeError("call AutoModelForCausalLM.from_pretrained(model, bootstrap=[...])")
+
+    @staticmethod
+    def from_pretrained(model: str | Path, **options: Any) -> RemoteModelForCausalLM:
+        """For the options see `RemoteModelForCausalLM.from_pretrained`."""
+        return RemoteModelForCausalLM.from_pretrained(model, **options)
+
+
 AutoConfig.register(RemoteConfig.model_type, RemoteConfig, exist_ok=True)
-AutoModelForCausalLM.register(RemoteConfig, _Opens, exist_ok=True)
+transformers.AutoModelForCausalLM.register(RemoteConfig, _Opens, exist_ok=True)

@@ -47,8 +47,18 @@ def check_ids(ids: torch.Tensor, vocabulary: int, model: str) -> None:
         wrong = least if least < 0 else most
         raise ValueError(
             f"token {wrong} is none of the model's, 0 to {vocabulary - 1}: the tokenizer belongs to another model, or"
-            f" these are labels; use AutoTokenizer.from_pretrained({model!r})"
+            f" these are labels; use {_tokenizer_of(model)}"
         )
+
+
+def _tokenizer_of(model: str) -> str:
+    """The call that opens the tokenizer of a model that is named as for `from_pretrained`."""
+    folder, _, file = model.rpartition("/")
+    if file.lower().endswith(".gguf"):
+        return f"AutoTokenizer.from_pretrained({folder or '.'!r}, gguf_file={file!r})"
+    if ":" in file:
+        return f"the tokenizer of {model}: AutoTokenizer.from_pretrained takes a GGUF file's name as gguf_file"
+    return f"AutoTokenizer.from_pretrained({model!r})"
 
 
 def check_slice_mask(mask: torch.Tensor | None, hidden: torch.Tensor) -> None:

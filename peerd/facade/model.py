@@ -8,8 +8,9 @@ that peerd serves.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -28,7 +29,7 @@ from peerd.facade.opening import check_options, open_daemon, open_swarm, socket_
 from peerd.facade.sharing.adapters import Adapters
 from peerd.facade.sharing.card import Base
 from peerd.facade.sharing.saving import Sharing
-from peerd.facade.sharing.trained import TrainedFile, read_trained
+from peerd.facade.sharing.trained import TrainedFile, classes_of, read_trained
 from peerd.facade.steps import ROLLBACK
 from peerd.facade.swarm import Swarm
 from peerd.protocol.addresses import Multiaddr
@@ -188,6 +189,13 @@ class RemotePreTrainedModel(Sharing):
                 RemoteCache.adopt(cache, len(self.swarm.layers), max_length=longest, max_rollback=rollback)
             cache.max_length = max(cache.max_length, longest)
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refuses what `generate_batch` begins with, which pages the KV of local blocks."""
+        raise NotImplementedError(
+            "continuous batching pages the keys and values of local blocks: give generate() a padded batch; servers"
+            " compute the requests of all programs as one batch anyway"
+        )
+
     def __reduce_ex__(self, _: Any) -> Any:
         raise TypeError("a remote model is a connection to a swarm: it cannot be copied or pickled. Open another one")
 
@@ -236,12 +244,24 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, num_labels: int | None = None, trained: str | Path | None = None, **options: Any
+        cls,
+        model: str | Path,
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        problem_type: str | None = None,
+        trained: str | Path | None = None,
+        **options: Any,
     ) -> Self:
-        """As for the other remote models; `num_labels` is the number of classes: those of `trained`, or 2."""
-        if num_labels is None and trained is not None:
-            num_labels = read_trained(trained, options.get("hub")).num_labels
-        body = {"__module__": cls.__module__, "_num_labels": num_labels or 2}
+        """As for the other remote models; `num_labels` is the number of classes: those of `trained`, or 2.
+
+        id2label, label2id, problem_type: as in Transformers' configurations; by default those of `trained`.
+        """
+        given = {"id2label": id2label, "label2id": label2id, "problem_type": problem_type}
+        file = None if trained is None else read_trained(trained, options.get("hub"))
+        count, classes = classes_of(num_labels, given, file)
+        body = {"__module__": cls.__module__, "_num_labels": count, "_classes": classes}
         kind: Any = type(cls.__name__, (cls,), body)
         opened: Any = super(RemoteModelForSequenceClassification, kind).from_pretrained(
             model, trained=trained, **options
@@ -250,6 +270,7 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
         return result
 
     _num_labels = 2
+    _classes: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def _load_head(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> HeadModel:
@@ -260,6 +281,8 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
         if type(config) not in mapping:
             raise ValueError(f"Transformers has no sequence classification for {config.model_type}")
         config.num_labels = cls._num_labels
+        for name, value in cls._classes.items():
+            setattr(config, name, value)
         kind = remote_type(RemoteModelForSequenceClassification, mapping[type(config)])
 
         def make_score(model: Any, decoder: Any) -> None:
@@ -273,15 +296,3 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
     def _trained_from_the_start(self) -> Sequence[nn.Parameter]:
         me: Any = self
         return list(me.score.parameters())
-
-
-class AutoModelForCausalLM:
-    """Like the class of that name in Transformers, but opens a model of a swarm."""
-
-    def __init__(self) -> None:
-        raise TypeError("call AutoModelForCausalLM.from_pretrained(model, bootstrap=[...])")
-
-    @staticmethod
-    def from_pretrained(model: str | Path, **options: Any) -> RemoteModelForCausalLM:
-        """For the options see `RemoteModelForCausalLM.from_pretrained`."""
-        return RemoteModelForCausalLM.from_pretrained(model, **options)

@@ -20,6 +20,24 @@ from peerd.peer import open_peer
 
 # Options of `open_peer` that do not concern clients.
 _OF_SERVERS = {"serve", "listen", "announce", "relay"}
+# What programs give to Transformers' or Petals' from_pretrained, and what to do here.
+_OF_HUB = "hub=peerd.HubSettings(...) and the environment say how the hub is used"
+_OF_WEIGHTS = "servers choose how they store their blocks (peerd --quantize)"
+_INSTEAD = {
+    "torch_dtype": "say dtype, for the head; blocks compute in what their servers were started with",
+    "device_map": "say device, for the head; blocks lie on their servers",
+    "gguf_file": "name the file itself, by its path or as org/name/file.gguf",
+    "quantization_config": _OF_WEIGHTS,
+    "load_in_4bit": _OF_WEIGHTS,
+    "load_in_8bit": _OF_WEIGHTS,
+    "attn_implementation": "servers compute the attention; leave it out",
+    "trust_remote_code": "peers run no code that comes with a model; leave it out",
+    "token": _OF_HUB,
+    "cache_dir": _OF_HUB,
+    "local_files_only": _OF_HUB,
+    "initial_peers": "say bootstrap",
+    "active_adapter": "load your own by peft, or ask for a served one in the library",
+}
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
@@ -63,11 +81,14 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raise TypeError for unknown options: many programs pass options of local models."""
     known = set(inspect.signature(open_peer).parameters) - _OF_SERVERS
     for name in options:
-        if name not in known:
-            raise TypeError(
-                f"{name}: no option of a remote model; leave it out. `device` and `dtype` say where its head lies and"
-                f" what it computes in; others are {', '.join(sorted(known))}"
-            )
+        if name in known:
+            continue
+        if name in _INSTEAD:
+            raise TypeError(f"{name}: no option of a remote model: {_INSTEAD[name]}")
+        raise TypeError(
+            f"{name}: no option of a remote model; leave it out. `device` and `dtype` say where its head lies and"
+            f" what it computes in; others are {', '.join(sorted(known))}"
+        )
 
 
 def socket_of(daemon: Literal[True] | str | Path, bootstrap: Sequence[Any], options: Mapping[str, Any]) -> Path:

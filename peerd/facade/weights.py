@@ -56,7 +56,8 @@ class RemoteWeight(torch.Tensor):
             if operation in (_aten.empty_like, _aten.zeros_like):
                 return torch.zeros(this.shape, dtype=dtype, device=device)
         raise RuntimeError(
-            f"{func}: this weight is on the servers of the swarm, so it cannot be used in computations here"
+            f"{func}: this weight is on the servers of the swarm, so it cannot be used in computations here. Adapters"
+            " stay beside such weights: save one with save_pretrained, and merge it into the whole model elsewhere"
         )
 
     def __deepcopy__(self, memo: object) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import peerd
 from peerd.compute.transformers_compat import cache_argument
+from peerd.facade.inputs import check_ids
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain
 from tests.peerd.facade.conftest import Servers
 
@@ -107,6 +109,16 @@ CASES: dict[str, Case] = {
         "position_ids are whole numbers",
     ),
     "attention weights": (lambda m: m(IDS, output_attentions=True), ValueError, "output_attentions.*leave it out"),
+    "continuous batching": (
+        lambda m: m.generate_batch([IDS[0].tolist()], max_new_tokens=2),
+        NotImplementedError,
+        r"continuous batching .*: give generate\(\) a padded batch",
+    ),
+    "attention weights in generate": (
+        lambda m: m.generate(IDS, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True),
+        ValueError,
+        "output_attentions.*leave it out",
+    ),
     "a static cache": (
         lambda m: m.generate(IDS, max_new_tokens=3, cache_implementation="static"),
         ValueError,
@@ -175,6 +187,22 @@ def test_the_error_names_the_way_out_and_the_model_stays_usable(case: str, remot
     with torch.no_grad(), pytest.raises(error, match=said):
         call(remote)
     assert torch.equal(answer(remote), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [
+        ("org/name", "AutoTokenizer.from_pretrained('org/name')"),
+        ("/models/small", "AutoTokenizer.from_pretrained('/models/small')"),
+        ("/models/small/q4.gguf", "AutoTokenizer.from_pretrained('/models/small', gguf_file='q4.gguf')"),
+        ("org/name/q4.GGUF", "AutoTokenizer.from_pretrained('org/name', gguf_file='q4.GGUF')"),
+        ("q4.gguf", "AutoTokenizer.from_pretrained('.', gguf_file='q4.gguf')"),
+        ("org/name:Q4_K_M", "the tokenizer of org/name:Q4_K_M"),
+    ],
+)
+def test_the_tokenizer_that_fits_is_named_so_that_transformers_opens_it(model: str, call: str) -> None:
+    with pytest.raises(ValueError, match=f"; use {re.escape(call)}"):
+        check_ids(torch.tensor([[7]]), vocabulary=5, model=model)
 
 
 @pytest.fixture

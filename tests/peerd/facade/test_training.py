@@ -258,6 +258,29 @@ def test_a_classifier_trains_its_own_head(servers: Any, llama_path: Path) -> Non
     assert found == pytest.approx(losses(reference, list(reference.score.parameters()), labels=labels), abs=1e-3)
 
 
+def test_a_classifiers_classes_have_names_and_its_lora_trains_as_locally(servers: Any, llama_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    options: dict[str, Any] = {"id2label": {0: "low", 1: "high"}, "problem_type": "multi_label_classification"}
+    labels, gradients = torch.tensor([[0.0, 1.0], [1.0, 1.0]]), []
+    with peerd.RemoteModelForSequenceClassification.from_pretrained(
+        llama_path, bootstrap=servers.bootstrap, **options
+    ) as model:
+        local = LlamaForSequenceClassification.from_pretrained(llama_path, num_labels=2, **options)
+        local.load_state_dict(model.state_dict(), strict=False)
+        for each in (model, local):
+            each.config.pad_token_id = 257
+            assert each.config.id2label == {0: "low", 1: "high"}
+            torch.manual_seed(1)
+            config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False)
+            adapted = peft.get_peft_model(each, config)
+            adapted(input_ids=IDS, labels=labels).loss.backward()
+            gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 2 * 8 + 1
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="id2label names 2 classes of 3: name all, or leave it out"):
+        peerd.RemoteModelForSequenceClassification.from_pretrained(llama_path, num_labels=3, **options)
+
+
 def test_several_forwards_may_wait_for_their_backward_in_any_order(local: Any, remote: Any) -> None:
     gradients = []
     for model in (remote, local):
@@ -386,8 +409,24 @@ def test_a_head_may_compute_in_another_dtype_than_the_checkpoint(servers: Any, l
         assert model.prompts.prefix.grad.dtype is torch.float32
     with pytest.raises(ValueError, match="dtype='int8': the head computes in one of float32"):
         peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap, dtype="int8")
-    with pytest.raises(TypeError, match=r"device_map: no option of a remote model; leave it out. `device` and `dtype`"):
-        peerd.RemoteModelForCausalLM.from_pretrained(llama_path, device_map="auto")
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("device_map", "say device, for the head"),
+        ("torch_dtype", "say dtype, for the head"),
+        ("load_in_4bit", r"servers choose how they store their blocks \(peerd --quantize\)"),
+        ("token", "hub=peerd.HubSettings"),
+        ("max_memory", "; leave it out. `device` and `dtype` say where its head lies"),
+    ],
+)
+def test_options_of_local_models_are_refused_with_what_to_do_instead(
+    option: str, instead: str, llama_path: Path
+) -> None:
+    for kind in (peerd.AutoModelForCausalLM, peerd.RemoteModelForSequenceClassification):
+        with pytest.raises(TypeError, match=f"{option}: no option of a remote model.*{instead}"):
+            kind.from_pretrained(llama_path, **{option: "auto"})
 
 
 def test_auto_classes_open_a_directory_that_names_a_model_of_a_swarm(

@@ -63,13 +63,15 @@ def shaken(parameters: Any) -> None:
 
 def test_a_classifier_and_its_prompts_are_shared_by_a_hub(open_remote: Any, hub: HubServer, tmp_path: Path) -> None:
     kind = peerd.RemoteModelForSequenceClassification
-    model = open_remote(kind, num_labels=3, tuning_mode="deep_ptune", pre_seq_len=4)
+    moods = {0: "glad", 1: "calm", 2: "sad"}
+    model = open_remote(kind, id2label=moods, tuning_mode="deep_ptune", pre_seq_len=4)
     shaken([model.prompts.prefix, model.prompts.deep, model.score.weight])
     url = model.push_to_hub("me/moods", figures={"steps": 50, "final loss": 0.12345, "note": "a|b"})
     assert url.startswith(hub.url)
     # Neither the classes nor the prompts need to be said again.
     again = open_remote(kind, trained="me/moods")
-    assert again.config.num_labels == 3
+    assert (again.config.num_labels, again.config.id2label) == (3, moods)
+    assert again.config.label2id == {"glad": 0, "calm": 1, "sad": 2}
     with torch.no_grad():
         expected = model(IDS).logits
         assert torch.equal(again(IDS).logits, expected)
