@@ -96,24 +96,6 @@ class Segment:
         return [max(self.prompt_length, position + 1) for position in range(self.start, self.end)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """The part of a step that a batch runs: `count` positions from the step's `offset` on."""
-
-    step: EngineStep
-    offset: int
-    count: int
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PageCopy:
-    """Copy a whole page before the batch runs: two rows shared it and one is about to write."""
-
-    source: int
-    target: int
-
-
 @dataclass(slots=True, eq=False)
 class StateCopy:
     """Copy a row's running states to another row before the batch runs. `done`: they were copied.
@@ -127,13 +109,34 @@ class StateCopy:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """The part of a step that a batch runs: `count` positions from the step's `offset` on.
+
+    state_copies: the copies of running states that the step needs first, in order.
+    """
+
+    step: EngineStep
+    offset: int
+    count: int
+    segments: tuple[Segment, ...]
+    state_copies: tuple[StateCopy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy a whole page before the batch runs: two rows shared it and one is about to write."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One turn of the engine: pieces of many sessions' steps, run through the same blocks."""
 
     blocks: Span
     pieces: tuple[Piece, ...]
     copies: tuple[PageCopy, ...]
-    state_copies: tuple[StateCopy, ...] = ()
 
     @property
     def positions(self) -> int:
@@ -146,9 +149,12 @@ class BatchOutput:
 
     A piece that could not be computed has no hidden states; `failures` are the stacks of the exceptions, as text.
     `is_device_lost`: whether the device cannot compute for this process any more.
+    `replayed`: for each piece how many positions before its own went through the blocks' mixers once more, because its
+    rows had been cut; empty if none did.
     """
 
     hidden: tuple[torch.Tensor | None, ...]
     finite: tuple[bool, ...]
     failures: tuple[str, ...] = ()
     is_device_lost: bool = False
+    replayed: tuple[int, ...] = ()

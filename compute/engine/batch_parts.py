@@ -69,7 +69,7 @@ class _Parts:
         self.is_device_lost = False
         self._batch = batch
         self._copied = False
-        self._hidden: dict[int, tuple[torch.Tensor | None, bool]] = {}
+        self._results: dict[int, tuple[torch.Tensor | None, bool, int]] = {}
         self._by_session: dict[object, list[int]] = {}
         for index, piece in enumerate(batch.pieces):
             self._by_session.setdefault(piece.step.session, []).append(index)
@@ -80,19 +80,19 @@ class _Parts:
     def batch(self, sessions: Sequence[object]) -> Batch:
         pieces: list[Piece] = [self._batch.pieces[index] for index in self._indexes(sessions)]
         copies = () if self._copied else self._batch.copies
-        # A copy of running states knows itself whether it was made.
-        return Batch(self._batch.blocks, tuple(pieces), copies, self._batch.state_copies)
+        return Batch(self._batch.blocks, tuple(pieces), copies)
 
     def succeed(self, sessions: Sequence[object], output: BatchOutput) -> None:
         # The copied pages have been written to, so they must not be copied again.
         self._copied = True
-        results = zip(output.hidden, output.finite, strict=True)
-        self._hidden.update(zip(self._indexes(sessions), results, strict=True))
+        replayed = output.replayed or (0,) * len(output.hidden)
+        results = zip(output.hidden, output.finite, replayed, strict=True)
+        self._results.update(zip(self._indexes(sessions), results, strict=True))
 
     def output(self) -> BatchOutput:
-        results = [self._hidden.get(index, (None, False)) for index in range(len(self._batch.pieces))]
-        hidden, finite = [part for part, _ in results], [is_finite for _, is_finite in results]
-        return BatchOutput(tuple(hidden), tuple(finite), tuple(self.failures), self.is_device_lost)
+        results = [self._results.get(index, (None, False, 0)) for index in range(len(self._batch.pieces))]
+        hidden, finite, replayed = zip(*results, strict=True)
+        return BatchOutput(hidden, finite, tuple(self.failures), self.is_device_lost, replayed)
 
     def _indexes(self, sessions: Sequence[object]) -> list[int]:
         return sorted(index for session in sessions for index in self._by_session[session])

@@ -196,10 +196,12 @@ def working_bytes(
     copies = max(int(getattr(config, name, None) or 0) for name in _EXPERTS_A_TOKEN) or 1
     values = 8 * checkpoint.hidden_size + 4 * heads * width + 4 * copies * (inner + checkpoint.hidden_size)
     context = _conversation(checkpoint) * _bytes_per_position(checkpoint, dtype, batch_tokens, on_host=on_host)
+    states = [kind.state.most_working_values(batch_tokens) for kind in layer_kinds(config) if kind.state is not None]
     dequantized = (
         2 * (RUN_VALUES_CPU if on_host else RUN_VALUES_GPU) * torch.float32.itemsize if quantize != NONE else 0
     )
-    return batch_tokens * values * torch.float32.itemsize + context + dequantized
+    mixing = max(states, default=0)
+    return (batch_tokens * values + mixing) * torch.float32.itemsize + context + dequantized
 
 
 def _bytes_per_position(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int, *, on_host: bool) -> int:

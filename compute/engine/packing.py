@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peerd.compute.engine.session import EngineSession, QueuedStep
-from peerd.compute.steps import PageCopy, Piece, Segment, StateCopy
+from peerd.compute.steps import PageCopy, Piece, Segment
 from peerd.protocol.rows import RowSlice
 
 # Beside decodes, prefills get this part of the budget, because sessions that wait for a token wait for the prefills
@@ -17,7 +17,6 @@ class Packing:
     def __init__(self, budget: int, beside_decodes: bool) -> None:
         self.pieces: list[Piece] = []
         self.copies: list[PageCopy] = []
-        self.state_copies: list[StateCopy] = []
         self.owners: list[tuple[EngineSession, QueuedStep]] = []
         #: How many more positions may be added.
         self.budget = budget
@@ -49,12 +48,11 @@ class Packing:
         return taken
 
     def _take(self, session: EngineSession, queued: QueuedStep, count: int) -> None:
-        self.state_copies += queued.state_copies
-        queued.state_copies = []
         if session.retention.has_states:
             count = queued.without_long_ends(count, session.retention.room)
         segments = tuple(self._segment(session, piece) for piece in queued.slices(count))
-        self.pieces.append(Piece(queued.step, queued.taken, count, segments))
+        state_copies = tuple(copy for copy in queued.state_copies if not copy.done)
+        self.pieces.append(Piece(queued.step, queued.taken, count, segments, state_copies))
         self.owners.append((session, queued))
         queued.taken += count
         self.budget -= count

@@ -65,7 +65,7 @@ class SpanRunner:
         with on_device(self._whole.device), torch.inference_mode():
             self._pool.copy_pages(batch.copies)
             if self._mixers is not None:
-                self._mixers.store.copy(batch.state_copies)
+                self._mixers.store.copy([copy for piece in batch.pieces for copy in piece.state_copies])
             output, finite = self._staging.fetch(self._run_blocks(batch))
         counts = [piece.count for piece in batch.pieces]
         # Cloned outside of inference mode, so that the caller may write to the tensors and none is larger than its
@@ -73,6 +73,7 @@ class SpanRunner:
         return BatchOutput(
             tuple(part.clone() for part in torch.split(output, counts)),
             tuple(bool(part.all()) for part in torch.split(finite, counts)),
+            replayed=() if self._mixers is None else tuple(map(self._mixers.replayed_for, batch.pieces)),
         )
 
     def forward(self, hidden: torch.Tensor, blocks: Span) -> torch.Tensor:

@@ -209,7 +209,7 @@ class Scheduler:
         for _, session in ready:
             session.passed_over = 0 if session.running else session.passed_over + 1
         self._running = packing.owners or None
-        return Batch(blocks, tuple(packing.pieces), tuple(packing.copies), tuple(packing.state_copies))
+        return Batch(blocks, tuple(packing.pieces), tuple(packing.copies))
 
     def _leader(self, decodes: Sequence[_Entry], prefills: Sequence[_Entry]) -> _Entry:
         """Choose the session that goes first and so determines the batch's blocks: a decode, unless another session has
@@ -234,9 +234,14 @@ class Scheduler:
             raise RuntimeError("no batch was planned")
         results: list[StepResult] = []
         failed: dict[EngineSession, EngineError] = {}
-        for (session, queued), hidden, finite in zip(self._running, output.hidden, output.finite, strict=True):
+        replayed = output.replayed or (0,) * len(output.hidden)
+        for (session, queued), hidden, finite, again in zip(
+            self._running, output.hidden, output.finite, replayed, strict=True
+        ):
             if session.closed:
                 continue
+            if again:
+                self._shares.charge(session.owner, again, session.weight)
             if hidden is None:
                 failed.setdefault(session, BatchFailedError(f"blocks {session.blocks} could not be computed here"))
             elif not finite:

@@ -25,7 +25,7 @@ from peerd.protocol.span import Span
 class QueuedStep:
     """A queued step: `taken` of its positions are in batches, and `parts` of its result are back.
 
-    prepared: whether its rows were forked, dropped and cut; `state_copies` are what that still needs.
+    prepared: whether its rows were forked, dropped and cut; `state_copies` are what that needs on the device.
     """
 
     def __init__(self, step: EngineStep) -> None:
@@ -172,9 +172,16 @@ class EngineSession:
         return sum(self.row(piece.row).pages_to_grow(piece.count) for piece in queued.slices(count))
 
     def undo(self, failed: QueuedStep) -> None:
-        """Cut a failed step's rows where it began, and drop the rest of the step."""
+        """Cut a failed step's rows where it began, and drop the rest of the step.
+
+        A row that was forked is lost if its running states were not copied: it has those of neither row now.
+        """
         for piece in failed.step.rows:
             self.row(piece.row).cut(piece.start)
+        lost = {copy.target for copy in failed.state_copies if not copy.done}
+        for row in self.rows.values():
+            if row.state_home in lost:
+                row.cut(0)
         if self.queue and self.queue[0] is failed:
             self.queue.popleft()
 

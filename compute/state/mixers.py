@@ -7,7 +7,8 @@ attention, see the ragged batch as ever. Without a batch in view (forward and tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +21,7 @@ from peerd.compute.kv.layout import BATCH_TOKENS
 from peerd.compute.state.mixer_cache import MixerCache
 from peerd.compute.state.scans import ScanFrom, scan_from
 from peerd.compute.state.store import RowStates, States, StateStore
-from peerd.compute.steps import Segment
+from peerd.compute.steps import Piece, Segment, StateHome
 
 #: How many logged inputs run through a mixer at once.
 REPLAYED_AT_ONCE = BATCH_TOKENS
@@ -37,7 +38,10 @@ class SpanMixers:
     ) -> None:
         self.store = store
         self.adapters = adapters
+        self._blocks = len(layers)
         self.segments: Sequence[Segment] | None = None
+        #: By a row's home, how many logged inputs went through mixers again in this batch, in all blocks together.
+        self.replayed: Counter[StateHome] = Counter()
         for layer, (block, kind) in enumerate(zip(layers, kinds, strict=True)):
             if kind.state is not None:
                 mixer: Any = block.get_submodule(kind.state.mixer)
@@ -48,10 +52,16 @@ class SpanMixers:
     def running(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Inside this context, mixers get the new positions of these segments."""
         self.segments = segments
+        self.replayed.clear()
         try:
             yield
         finally:
             self.segments = None
+
+    def replayed_for(self, piece: Piece) -> int:
+        """How many positions went through the mixers of the last batch again for a piece, as if every block had one."""
+        again = sum(self.replayed[segment.state] for segment in piece.segments if segment.state is not None)
+        return -(-again // max(self._blocks, 1))
 
     def has_run(self, layer: int, segments: Sequence[Segment]) -> bool:
         """Whether the block has kept the states at the ends of these segments."""
@@ -87,7 +97,7 @@ class BlockMixer:
         for index, segment in enumerate(segments):
             alike.setdefault(segment.count, []).append(index)
         outputs: list[torch.Tensor] = [hidden] * len(segments)
-        for indexes in alike.values():
+        for indexes in self._at_once(alike):
             rows = [self._begin(segments[index], others) for index in indexes]
             given = torch.stack([inputs[index] for index in indexes])
             states = tuple(torch.stack(tensors) for tensors in zip(*(states for _, states in rows), strict=True))
@@ -98,6 +108,12 @@ class BlockMixer:
                 self._end(row, segments[index], inputs[index], own)
                 outputs[index] = output[number]
         return torch.cat(outputs)[None]
+
+    def _at_once(self, alike: Mapping[int, list[int]]) -> Iterator[list[int]]:
+        """Of rows that add equally many positions, as many as the memory for a batch allows at once."""
+        for count, indexes in alike.items():
+            most = self._owner.store.state(self._layer).rows_at_once(count, BATCH_TOKENS)
+            yield from (indexes[first : first + most] for first in range(0, len(indexes), most))
 
     def _mix(
         self, hidden: torch.Tensor, states: States, segments: Sequence[Segment], others: dict[str, Any]
@@ -145,6 +161,8 @@ class BlockMixer:
     ) -> States:
         """Bring a state from `start` to `end` by the inputs in the log."""
         # A client says how far its rows go back, but there is memory for the activations of one batch.
+        assert segment.state is not None
+        self._owner.replayed[segment.state] += end - start
         for first in range(start, end, REPLAYED_AT_ONCE):
             last = min(first + REPLAYED_AT_ONCE, end)
             logged = row.inputs(self._layer, first, last)

@@ -133,6 +133,8 @@ class StateStore:
             if copy.done:
                 continue
             source, target = self.row(copy.source), self.row(copy.target)
+            # A copy that fails halfway leaves a row without a state, not one with parts of two.
+            target.trails = [Trail() for _ in target.trails]
             for tensor, rows in self._whole(source, target):
                 matrix = self.matrix(tensor)
                 matrix.index_copy_(0, rows[1], matrix[rows[0]])

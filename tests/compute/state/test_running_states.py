@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.batch_parts import run_in_parts
 from peerd.compute.engine.engine import Batch, BatchOutput, Engine, EngineStep
 from peerd.compute.engine.self_test import check_span
 from peerd.compute.errors import InvalidStepError, NoRoomError, StepGapError, UnsupportedModelError
-from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.kv.layout import RESENT_POSITIONS
 from peerd.compute.model.span_model import load_span
 from peerd.compute.state import mixers
@@ -26,45 +23,10 @@ from peerd.compute.state.store import RowStates
 from peerd.protocol.rows import Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
 from tests.compute.engine_chain import Chain, Part, Reference
-from tests.compute.tiny_families import tiny_model
+from tests.compute.state.conftest import BACK, LONG
 
-# Longer than the log of inputs of a row that promises nothing.
-LONG = 240
-BACK = 4
 # What a row that promises to go back by BACK can be cut.
 ROOM = BACK + RESENT_POSITIONS
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Reference]]:
-    found: dict[str, Reference] = {}
-
-    def get(name: str) -> Reference:
-        if name not in found:
-            found[name] = _reference(name, tmp_path_factory.mktemp(name))
-        return found[name]
-
-    yield get
-    for reference in found.values():
-        reference.checkpoint.close()
-
-
-def _reference(name: str, folder: Path) -> Reference:
-    model = tiny_model(FAMILIES[name])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Over so many positions the rounding of larger weights adds up, in Transformers too.
-            parameter.mul_(0.5 if parameter.ndim > 1 else 1)
-    model.save_pretrained(folder)
-    layers = model.base_model.layers
-    seen: list[torch.Tensor] = []
-    layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
-    )
-    layers[-1].register_forward_hook(lambda _, __, output: seen.append(output[0] if type(output) is tuple else output))
-    with torch.no_grad():
-        model(torch.randint(3, 96, (3, LONG), generator=torch.Generator().manual_seed(0)))
-    return Reference(open_checkpoint(folder), *seen)
 
 
 # A convolution alone, and beside windows; linear attention, also beside latents; state spaces of both kinds: alone, in
@@ -72,11 +34,6 @@ def _reference(name: str, folder: Path) -> Reference:
 @pytest.fixture(params=["lfm2", "lfm3", "qwen3_next", "kimi_linear", "mamba", "falcon_h1", "nemotron_h"])
 def whole(request: pytest.FixtureRequest, references: Callable[[str], Reference]) -> Reference:
     return references(request.param)
-
-
-@pytest.fixture
-def convolved(references: Callable[[str], Reference]) -> Reference:
-    return references("lfm2")
 
 
 def test_long_rows_equal_the_whole_model_whatever_is_cut_forked_and_batched(whole: Reference) -> None:
