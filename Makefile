@@ -43,12 +43,15 @@ test-installs:
 lock: $(TOOLS)/.ready
 	$(TOOLS)/bin/python .ci/lock.py lock
 
-# Broken input for everything that reads a stranger's bytes, then attacks on a real peer. A failure says how to repeat it;
-# INPUTS, SECONDS and SEED say how much.
+# Broken input for everything that reads a stranger's bytes, then input that coverage guides, where atheris installs, and
+# attacks on a real peer. A failure says how to repeat it; INPUTS, GUIDED (for each decoder), SECONDS and SEED say how much.
 INPUTS ?= 1000000
+GUIDED ?= 60000
 SECONDS ?= 300
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.decoders --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install -q 'atheris==3.0.0' || echo "left out: guided input (no atheris for this system)"
+	@if $(BIN)/python -c 'import atheris' 2>/dev/null; then $(BIN)/python -m tests.fuzz.guided --all --runs $(GUIDED) $(if $(SEED),--seed $(SEED)); fi
 	$(BIN)/python -m tests.fuzz.attack --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # Known vulnerabilities of what peerd is installed with, and a list of it for those who ask what is in a release.

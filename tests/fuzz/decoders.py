@@ -31,7 +31,7 @@ from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.encoding.wire import MessageReader
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, decode_public_key, public_key_of
-from peerd.protocol.messages import adapters, dialback, punch, relay, session, training
+from peerd.protocol.messages import adapters, audits, dialback, punch, receipts, relay, session, span_training, training
 from peerd.protocol.messages.receipts import open_receipt
 from peerd.protocol.messages.tickets import open_ticket
 from peerd.protocol.records.envelope import SignedRecord, _signed_bytes, open_record, open_untimely
@@ -72,7 +72,8 @@ def decoders() -> list[Decoder]:
     headers = _hex("messages", "dht", "relay", "training", "adapters", "reachability", "punching", field="header")
     records = _hex("records", field="record")
     kinds = [*_messages(session), *_messages(relay), *_messages(training), *_messages(adapters)]
-    kinds += [*_messages(dialback), *_messages(punch), *_messages(dht), Hello]
+    kinds += [*_messages(dialback), *_messages(punch), *_messages(dht), *_messages(audits), *_messages(receipts)]
+    kinds += [*_messages(span_training), Hello]
     hello = message_bytes(hello_message(NOW))[4:-4]
     found = [
         Decoder("frames", decode_frame, _hex("frames", field="frame")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from random import Random
 
 import pytest
@@ -35,3 +37,10 @@ def test_a_decoder_that_lets_another_error_out_is_found() -> None:
 
     with pytest.raises(Found, match="broken raised IndexError"):
         fuzz(Decoder("broken", decode, (bytes(16),)), INPUTS, Random(1))
+
+
+@pytest.mark.processes
+def test_coverage_guides_input_where_atheris_is_installed() -> None:
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-m", "tests.fuzz.guided", "frames", "--runs", "200"]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
