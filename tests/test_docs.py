@@ -14,9 +14,11 @@ import pytest
 import peerd
 
 REPOSITORY = Path(__file__).parents[1]
+# Which test holds each finding of the security review.
+FINDINGS = "benchmarks/results/2026-12-01-findings.md"
 PAGES = sorted(
     path
-    for path in [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md")]
+    for path in [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / FINDINGS]
     if path.name != "CHANGELOG.md"  # what it names was there in its time
 )
 FOLDERS = ("peerd", "protocol", "routing", "compute", "tests", "benchmarks", "spec", "docs", "examples", r"\.ci")

@@ -37,6 +37,24 @@ async def test_a_peer_that_restarts_is_taken_back_at_once(number):
         assert len(stays.live) == 1
 
 
+async def test_peers_that_come_and_go_write_no_log(caplog):
+    """A peer that connects a thousand times would fill the disk."""
+    caplog.set_level("INFO")
+    async with open_connected() as swarm:
+        stays = await swarm.start(0)
+        for _ in range(5):
+            async with AsyncExitStack() as life:
+                visitor = await Swarm(swarm.network, life).start(1)
+                await visitor.connect(stays.peer_id, [address_of(0)])
+            with trio.fail_after(5):
+                while stays.live:
+                    await trio.sleep(0.1)
+    # The visitor's own lines name the other end.
+    said = [record.getMessage() for record in caplog.records]
+    assert said
+    assert not any(str(IDENTITIES[1].peer_id) in message for message in said)
+
+
 def _cut(network, how):
     """Make a black hole of the way there, the way back, or both, as seen from peer 0."""
     if how in ("there", "both"):
