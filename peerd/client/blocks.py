@@ -177,7 +177,7 @@ class ServedBlocks:
             codec="exact",
             timeout_ms=OPEN_TIMEOUT_MS,
             needs=(PROMPT_LENGTH,) if self.facts.ropes_follow_length else (),
-            # In every session, so that nobody learns which are checked.
+            # In every session, so that no server learns which are checked.
             are_sketched=self.auditor is not None and max_rows == 1,
         )
         terms = await self._with_adapter(terms, adapter, blocks)

@@ -129,7 +129,9 @@ class Auditor:
     def _hop_check(self, session: Session, terms: Terms) -> OnAnswer | None:
         """Decide whether a hop of the session will be checked while it is in use; the result takes its answers."""
         chance = self._rng.random()
-        if not terms.are_sketched or hop_to_check(chance, self.probability, MAX_HOPS) is None:
+        # Other servers must not get the user's own weights; and what a lossy codec makes of results is not compared.
+        is_possible = terms.are_sketched and terms.own_adapter is None and terms.codec == "exact"
+        if not is_possible or hop_to_check(chance, self.probability, MAX_HOPS) is None:
             return None
         case = OpenCase(session, terms, Transcript(session.log.sent, MAX_BYTES), self._width)
         wanted: int | None = positions_before(self._rng)

@@ -15,7 +15,7 @@ from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import Terms
 from peerd.client.session.session import Session
-from peerd.compute.audits.distance import MIN_POSITIONS
+from peerd.compute.audits.distance import FIRST_POSITION, MIN_POSITIONS
 from peerd.compute.audits.sketches import Sketcher
 from peerd.protocol.messages.session import Step
 
@@ -63,8 +63,10 @@ class OpenCase:
 
     def is_ripe(self, at: int) -> bool:
         """Whether enough is known of what left the hop number `at`: of the last one, the results that came back."""
-        is_last = at + 1 == len(self.session.chain)
-        return not is_last or len(self._transcript.positions) >= MIN_POSITIONS + _STEPS_UNDER_WAY
+        settled = self._settled()
+        if at + 1 < len(self.session.chain):
+            return settled >= FIRST_POSITION + MIN_POSITIONS
+        return sum(position < settled for position in self._transcript.positions) >= MIN_POSITIONS
 
     def chain(self) -> LiveChain:
         """The session's chain. Raises Unfinished if it has ended, or has changed since the session began."""

@@ -22,11 +22,11 @@ from peerd.client.session.mender import OPEN_MARGIN_S
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.exchange.step_tensors import encoded, priority_of
 from peerd.protocol.encoding.tensors import DTYPES
-from peerd.protocol.errors import PeerdError
+from peerd.protocol.errors import Evicted, PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.audits import MAX_SKETCH_BYTES, SKETCH_SIZE, Sketch
-from peerd.protocol.messages.session import MAX_STEP_POSITIONS, REPLAY_SEQ, Failure, Step
-from peerd.protocol.rows import PREFILL_POSITIONS, RowSlice, SessionSize
+from peerd.protocol.messages.session import MAX_STEP_POSITIONS, REPLAY_SEQ, Failure, Gap, Step
+from peerd.protocol.rows import PREFILL_POSITIONS, RowSlice
 from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import open_tasks
 
@@ -106,11 +106,8 @@ class Replays:
     async def _opened(self, source: Source, hop: Hop) -> AsyncIterator[ControlStream]:
         if not source.chain.has_numbers(1):
             raise Unfinished("the session has no numbers left for more hops")
-        # The same lengths as in the session: the ropes of some models depend on them.
-        size = source.terms.size
-        terms = replace(
-            source.terms, size=SessionSize(size.max_length, prompt_length=size.prompt_length), are_sketched=False
-        )
+        # Of the same size: the ropes of some models depend on its lengths, and what is sent again may cut the row.
+        terms = replace(source.terms, are_sketched=False)
         control = await self._opener.open_beside(source.chain, hop, terms, source.seeds, OPEN_MARGIN_S)
         try:
             yield control
@@ -139,6 +136,8 @@ class Replays:
                     hop.sketches.take(message, body)
                 elif isinstance(message, Failure):
                     raise message.error
+                elif isinstance(message, Gap):
+                    raise Evicted(f"{hop.hop.peer_id} lacks the beginning of what it was sent")
                 if min(len(hop.sketches.inputs), len(hop.sketches.outputs)) >= length:
                     heard.cancel()
 

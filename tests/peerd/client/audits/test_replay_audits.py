@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,6 +249,35 @@ async def test_a_session_that_asked_for_no_sketches_is_not_checked(open_tribunal
         await chain(tribunal)
         await check(tribunal)
         assert tribunal.auditor.replay_counts == {}
+
+
+@pytest.mark.parametrize("at", range(3))
+async def test_a_session_that_cuts_its_row_all_the_time_is_checked(open_tribunal, monkeypatch, at):
+    """As one that speculates."""
+    async with checking(open_tribunal, monkeypatch, at) as tribunal:
+        await chain(tribunal)
+        session = await tribunal.open(PROMPT, max_rollback=8)
+        row = torch.randn(LENGTH + 16, WIDTH, generator=torch.Generator().manual_seed(5))
+        await session.step(row[:PROMPT])
+        await tribunal.serve_all()
+        for start in range(PROMPT, LENGTH, 2):
+            await session.step(row[start : start + 5], start=start, want="all")
+        await tribunal.audit()
+        assert tribunal.auditor.replay_counts == {"chosen": 1, "agreed": 1}
+        session.close()
+
+
+@pytest.mark.parametrize("change", [{"own_adapter": {}}, {"codec": "int8"}], ids=str)
+async def test_sessions_with_own_weights_or_a_lossy_codec_are_not_checked(open_tribunal, monkeypatch, change):
+    async with checking(open_tribunal, monkeypatch, 1) as tribunal:
+        await chain(tribunal)
+        session = await tribunal.open(PROMPT)
+        terms = replace(session.spec.terms, **change)
+        tribunal.auditor.watch(session, session.spec.blocks, terms)
+        await talk(tribunal, session)
+        await tribunal.audit()
+        assert tribunal.auditor.replay_counts == {}
+        session.close()
 
 
 async def test_nobody_is_blamed_where_the_row_is_cut_while_a_hop_is_checked(open_tribunal, monkeypatch):
