@@ -61,7 +61,9 @@ class PaceWatch:
                 with trio.move_on_at(progress.working_since + progress.late_after_s):
                     await progress.changed.park()
                     continue
-                await self._look_into()
+                # The answer may have come in the very turn in which the time was over.
+                if progress.is_working:
+                    await self._look_into()
 
     async def _look_into(self) -> None:
         """Examine a late step repeatedly, until it is answered or there is something to report."""

@@ -21,7 +21,7 @@ from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.step_log import OnAnswer, Pending, StepLog
 from peerd.client.session.supervisor import Supervisor
 from peerd.protocol.encoding.tensors import DTYPES
-from peerd.protocol.errors import InvalidRequest, PeerdError
+from peerd.protocol.errors import InternalError, InvalidRequest, PeerdError
 from peerd.protocol.messages.session import Progress, Want
 from peerd.protocol.rows import Op, RowSlice
 from peerd.trio_tools import at_once
@@ -41,6 +41,7 @@ class Session:
         self.log = StepLog(terms.size, on_received=tools.opener.connections.meters.received)
         self._supervisor = Supervisor(tools, spec, self.log)
         self._opener = tools.opener
+        self._containment = tools.opener.connections.containment
         self._width = spec.width
         self._dtype = DTYPES[terms.dtype]
         self._closed = False
@@ -94,13 +95,19 @@ class Session:
         return [(ServedBy(one.hop.peer_id, one.hop.span), said) for one, said in zip(controls, answers, strict=True)]
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the session's chain open until `close`. Steps that are pending then end with ClosedResourceError."""
+        """Keep the session's chain open until `close`. Steps that are pending then end with ClosedResourceError.
+
+        A bug of ours ends this session alone; its steps end with InternalError.
+        """
+        error: Exception = trio.ClosedResourceError("the session was closed")
         try:
-            with self._scope:
+            with self._scope, self._containment.around("a session of this client"):
                 await self._supervisor.run(task_status)
+            if not self._closed:
+                error = InternalError("a bug of this client ended the session")
         finally:
             self._closed = True
-            self.log.fail(trio.ClosedResourceError("the session was closed"))
+            self.log.fail(error)
             self._supervisor.changed.unpark_all()
             self.rest()
 
