@@ -25,7 +25,7 @@ import trio
 from rich.console import Console
 
 from peerd.cli.demo import even_spans
-from peerd.cli.processes import PeerProcess, open_peer_processes
+from peerd.cli.processes import PeerProcess, ProcessEnded, open_peer_processes
 from peerd.client.model import SwarmModel
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
@@ -144,7 +144,12 @@ async def chat_for(seconds: float, chats: int, tally: Tally, one: Callable[[Tall
 
 
 def resident_mib(process: PeerProcess) -> float:
-    """The process's memory: without files that others map too, where the kernel tells them apart."""
+    """The process's memory: without files that others map too, where the kernel tells them apart.
+
+    Raises ProcessEnded.
+    """
+    if (code := process.process.poll()) is not None:
+        raise ProcessEnded(f"{' '.join(process.arguments)} ended with {code}: {process.log.read_text()[-2000:]}")
     lines = dict(
         line.partition(":")[::2] for line in Path(f"/proc/{process.process.pid}/status").read_text().splitlines()
     )
