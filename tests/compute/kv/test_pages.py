@@ -276,7 +276,7 @@ def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_fail
     kept = KEEPS[keeps]
     engine = FakeEngine(SPAN, hidden_size=2, kv_tokens=60 * SIZE, page_tokens=SIZE, batch_tokens=9, keeps=kept)
     shadows: dict[str, _Shadow] = {}
-    for event in range(10_000 if keeps == "windows" else 3_000):
+    for event in range(2_500):
         match chance.choice(["open", "close", "step", "step", "step", "turn", "turn", "turn", "hold"]):
             case "open":
                 name = f"s{event}"

@@ -59,13 +59,13 @@ def test_memory_of_a_file_is_left_alone() -> None:
 def test_a_cache_takes_memory_as_positions_come(
     llama_engine: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = llama_engine(Span(2, 6), kv_tokens=16384)
+    engine = llama_engine(Span(2, 6), kv_tokens=4096)
     caches = engine._model._graph.caches.values()
     assert len(caches) == 2 * len(engine.span)
     whole = sum(end - first for first, end in caches)
     assert resident_bytes(caches) < whole / 4
     hidden = torch.randn(1, 30, engine.hidden_size) * 0.3
     monkeypatch.setattr(LlamaSpan, "give_back_cache", lambda _: 0)
-    full = llama_engine(Span(2, 6), kv_tokens=16384)
+    full = llama_engine(Span(2, 6), kv_tokens=4096)
     assert resident_bytes(full._model._graph.caches.values()) > whole * 0.9
     assert torch.equal(engine.forward(hidden), full.forward(hidden))
