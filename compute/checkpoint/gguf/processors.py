@@ -139,7 +139,10 @@ class DeepseekProcessor(ExpertsProcessor):
         shape = (matrices.shape[0], keys + values, matrices.shape[2])
         gathered, parameter = _gathered(name, kwargs)
         whole = gathered.setdefault(parameter, torch.empty(shape[0] * shape[1], shape[2])).view(shape)
-        (whole[:, :keys] if half == "k" else whole[:, keys:]).copy_(matrices)
+        own = whole[:, :keys] if half == "k" else whole[:, keys:]
+        if matrices.shape != own.shape:
+            raise ValueError(f"{name} has {matrices.shape[1]} rows a head, not {own.shape[1]}")
+        own.copy_(matrices)
         return _reader.GGUFTensor(weights, None, {})
 
 

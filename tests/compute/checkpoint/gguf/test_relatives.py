@@ -87,6 +87,16 @@ def test_a_missing_half_of_the_latents_is_named(write: Write) -> None:
             load_span(checkpoint, Span(3, 4))
 
 
+def test_half_of_the_latents_of_another_width_is_refused(write: Write) -> None:
+    """One row a head would fill all rows."""
+    one_row = {"blk.3.attn_v_b.weight": np.ones((4, 1, 16))}
+    with (
+        open_checkpoint(write("deepseek_v2", lambda tensors: tensors.update(one_row))) as checkpoint,
+        pytest.raises(CheckpointError, match=r"blk\.3\.attn_v_b\.weight has shape \[4, 1, 16\], which its metadata"),
+    ):
+        load_span(checkpoint, Span(3, 4))
+
+
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
 def test_blocks_that_only_guess_further_tokens_are_left_out(write: Write, name: str) -> None:
     def add(tensors: Tensors) -> None:
