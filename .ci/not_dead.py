@@ -94,6 +94,7 @@ _.wait_done
 _.wait_lost
 _.bytes_per_token
 _.handshake_hash
+_.padding_idx
 _.lanes
 _.learned
 _.used_pages

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,7 @@ class Peer:
         self.checkpoints = checkpoints
         #: How many of our answers are audited.
         self.audit = config.audit
+        self._is_private = config.swarm_key is not None
         self._spans = spans
 
     def __repr__(self) -> str:
@@ -140,12 +142,15 @@ class Peer:
         revision: str | None = None,
         draft: str | Path | None = None,
         draft_device: str = "cpu",
+        remote_head: bool = False,
     ) -> AsyncIterator[SwarmModel]:
         """A model whose blocks the swarm serves. Its head comes from `path`: a path or hub id, `org/name` or
         `org/name@revision`.
 
         draft: a small model with the same tokenizer, as `path`. It is loaded whole onto `draft_device` of this machine,
             and guesses tokens for answers of one row; the tokens are the same.
+        remote_head: have the last server draw the tokens, where it offers that; the tokens are the same. The matrix of
+            the vocabulary is then not held here, unless an answer needs it.
 
         Waits at most a second for the delays to the servers. Raises CheckpointError, and InvalidRequest for a draft
         model with another tokenizer.
@@ -153,7 +158,10 @@ class Peer:
         await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
         from peerd.client.open_model import open_model
 
-        async with self.checkpoints.open(path, revision) as checkpoint, open_model(self, checkpoint) as model:
+        async with (
+            self.checkpoints.open(path, revision) as checkpoint,
+            open_model(self, checkpoint, remote_head=remote_head) as model,
+        ):
             if draft is None:
                 yield model
                 return
@@ -206,6 +214,9 @@ class Peer:
         """
         if self._spans is None:
             raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
+        if spec.head is None and not self._is_private:
+            # Strangers would have us compute logits, and would be told tokens that nobody can check.
+            spec = replace(spec, head=False)
         return await self._spans.serve(spec)
 
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:

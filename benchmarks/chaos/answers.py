@@ -19,7 +19,8 @@ import trio
 
 from peerd.client.decoding import Decoding
 from peerd.client.model import SwarmModel
-from peerd.client.sampling import Sampler, SamplingParams, draw
+from peerd.client.sampling import SamplingParams
+from peerd.exchange.sampler import Sampler, draw
 from peerd.protocol.errors import PeerdError
 
 # If the reference's two best logits are closer than this, rounding may decide between them. The same holds for a draw

@@ -107,6 +107,9 @@ class RandomWeights:
     def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         yield from self.read(parameter)
 
+    def rows(self, parameter: str) -> None:
+        """There is no file to read them from."""
+
     def grid(self, parameter: str) -> None:
         """The weights are plain."""
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from peerd.compute.checkpoint.published_config import longest_length
-from peerd.compute.checkpoint.weights import Weights
+from peerd.compute.checkpoint.weights import ReadRows, Weights
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
 from peerd.protocol.span import Span
@@ -180,6 +180,12 @@ class Checkpoint:
         A GGUF file's parameter is first read whole. Raises CheckpointError.
         """
         return self._weights.read_slices(name, dtype)
+
+    def rows(self, name: str) -> ReadRows | None:
+        """What reads rows of a matrix without the others, as long as the checkpoint is open; None if it is not stored
+        so that they can be. Raises CheckpointError.
+        """
+        return self._weights.rows(name)
 
     def grid(self, name: str) -> Grid | None:
         """The grid of integers in which a parameter can be kept as it is stored; None if there is none."""

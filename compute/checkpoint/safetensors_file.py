@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -101,6 +101,19 @@ class SafetensorsFile:
         for index in range(count):
             part = replace(whole, shape=whole.shape[1:], offset=whole.offset + index * size, n_bytes=size)
             yield self._read(part)
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """These rows of a matrix, `[rows, columns]`, in memory of their own. Raises CheckpointError."""
+        whole = self.stored(name)
+        count, columns = whole.shape
+        size = whole.n_bytes // count if count else 0
+        if rows and not 0 <= min(rows) <= max(rows) < count:
+            raise CheckpointError(f"{self.path}: tensor {name} has {count} rows, not {max(rows) + 1}")
+        parts = [
+            self._read(replace(whole, shape=(1, columns), offset=whole.offset + row * size, n_bytes=size))
+            for row in rows
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, columns)
 
     def stored(self, name: str) -> StoredTensor:
         """Where a tensor lies. Raises CheckpointError if the file has none of that name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from peerd.compute.checkpoint.packed.packing import Packing, refuse_stray_pieces
 from peerd.compute.checkpoint.packed.pieces import Pieces
 from peerd.compute.checkpoint.parameter_names import Recipe, recipes
 from peerd.compute.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
-from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, StoredBytes
+from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, ReadRows, StoredBytes
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
 from peerd.compute.quantized.groups import CodeRows, Grid
@@ -90,6 +91,13 @@ class SafetensorsWeights:
             if any(piece.ndim != 2 or piece.shape[1:] != pieces[0].shape[1:] for piece in pieces):
                 raise CheckpointError(f"{self.directory}: tensor {recipe.names[first]} does not fit its neighbours")
             yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def rows(self, parameter: str) -> ReadRows | None:
+        recipe = self._recipe(parameter)
+        name = recipe.names[0]
+        if recipe.parts or name in self._pieces or len(self._header_of(self._shard_of[name])[name].shape) != 2:
+            return None
+        return partial(self._file_of(name).read_rows, name)
 
     def grid(self, parameter: str) -> Grid | None:
         recipe, words = self._recipes.get(parameter), self._packing.words if self._packing else None

@@ -21,7 +21,7 @@ import torch
 from peerd.compute.checkpoint.checkpoint import Checkpoint, read_json
 from peerd.compute.checkpoint.digests import tensors_digest
 from peerd.compute.checkpoint.safetensors_file import DTYPES, SafetensorsFile
-from peerd.compute.checkpoint.weights import StoredBytes, Weights
+from peerd.compute.checkpoint.weights import ReadRows, StoredBytes, Weights
 from peerd.compute.errors import CheckpointError
 from peerd.compute.quantized.groups import CodeRows, Grid
 
@@ -186,6 +186,9 @@ class _TrainedWeights:
         if self._is_trained(parameter):
             return self._own(parameter).read_slices(parameter)
         return self._base.read_slices(parameter, dtype)
+
+    def rows(self, parameter: str) -> ReadRows | None:
+        return None if self._is_trained(parameter) else self._base.rows(parameter)
 
     def grid(self, parameter: str) -> Grid | None:
         return None if self._is_trained(parameter) else self._base.grid(parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +24,10 @@ class StoredBytes:
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
+
+
+ReadRows = Callable[[Sequence[int]], "torch.Tensor"]
+"""Reads rows of a matrix by their numbers, `[rows, columns]`. Raises CheckpointError."""
 
 
 class Weights(Protocol):
@@ -82,6 +86,12 @@ class Weights(Protocol):
     def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """Read a parameter of three dimensions, one matrix of its first dimension after the other. For dtypes see
         `read`.
+        """
+        ...
+
+    def rows(self, parameter: str) -> ReadRows | None:
+        """What reads rows of a matrix without the others, in the dtypes of `read`; None if it is not stored so that
+        they can be.
         """
         ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from peerd.compute.families.family import Family
 from peerd.compute.families.meta_build import build_on_meta, check_filled, compute_buffers, fill
 from peerd.compute.model.input_side import take_off_input_side
 from peerd.compute.model.lm_head import LmHead
+from peerd.compute.model.stored_embedding import StoredEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,6 +38,7 @@ class Head:
         self.model: Any = model
         decoder = _decoder(model, family)
         self._embeddings: Any = getattr(decoder, family.embeddings)
+        self._vocab_size = int(self._embeddings.num_embeddings)
         # `logits` runs the model on the last block's output, to which the input side must not be applied.
         self._input_side = take_off_input_side(decoder, family)
         self._decoder: Any = decoder
@@ -56,7 +58,7 @@ class Head:
     @property
     def vocab_size(self) -> int:
         """The number of token ids, and of logits for a position."""
-        return int(self.embedding_weight.shape[0])
+        return self._vocab_size
 
     @property
     def hidden_size(self) -> int:
@@ -67,6 +69,12 @@ class Head:
     def max_positions(self) -> int | None:
         """How many positions can be embedded; None if an embedding does not depend on its position."""
         return self._input_side.max_positions
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        """A weight that is there, for the head's device and dtype: a head may lack the LM head, or the embeddings."""
+        own: torch.Tensor = self._lm_head.weight
+        return own if len(own) else self.embedding_weight
 
     @property
     def embedding_weight(self) -> torch.Tensor:
@@ -82,14 +90,14 @@ class Head:
         if positions is None:
             positions = torch.arange(token_ids.shape[-1])
         with torch.no_grad():
-            return self._input_side(self._embeddings(token_ids.to(self.embedding_weight.device)), positions)
+            return self._input_side(self._embeddings(token_ids.to(self._weight.device)), positions)
 
     def logits(self, hidden: torch.Tensor, most: int | None = None) -> torch.Tensor:
         """Logits, fp32 [n, vocabulary], on the head's device, for the last block's output [n, hidden size].
 
         With `most`, only the `most` largest of each position must be right: the others may be smaller than they are.
         """
-        weight = self.embedding_weight
+        weight = self._weight
         result = torch.empty(len(hidden), self.vocab_size, device=weight.device)
         with torch.no_grad(), self._lm_head.only_best(most):
             for start in range(0, len(hidden), POSITIONS_AT_ONCE):
@@ -104,7 +112,7 @@ class Head:
 
         That is after the final norm: Transformers' `last_hidden_state`.
         """
-        weight, parts = self.embedding_weight, []
+        weight, parts = self._weight, []
         with torch.no_grad():
             for start in range(0, len(hidden), POSITIONS_AT_ONCE):
                 part = hidden[start : start + POSITIONS_AT_ONCE].to(device=weight.device, dtype=weight.dtype)
@@ -116,7 +124,7 @@ class Head:
         """The mean cross-entropy of predicting `targets`, int64 [n], from the last block's output [n, hidden size], and
         its gradient, fp32 [n, hidden size], on the CPU.
         """
-        weight, total = self.embedding_weight, 0.0
+        weight, total = self._weight, 0.0
         grads = []
         for start in range(0, len(hidden), POSITIONS_AT_ONCE):
             part = hidden[start : start + POSITIONS_AT_ONCE].to(weight.device, torch.float32).requires_grad_()
@@ -127,6 +135,10 @@ class Head:
             grads.append(torch.autograd.grad(loss, part)[0].cpu())
             total += float(loss.detach())
         return total, torch.cat(grads)
+
+
+Part = Literal["all", "input", "output"]
+"""Which of a head's two large matrices is held: both, the embeddings alone, or the LM head alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +156,23 @@ def load_head(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dty
     return Head(load_head_model(checkpoint, device=device, dtype=dtype).model, checkpoint.family)
 
 
+def load_input_side(checkpoint: Checkpoint) -> HeadModel:
+    """Read what embeds tokens and computes no logits. Where the checkpoint can read single rows of the embeddings, they
+    stay in its file: then it must be open as long as they are used. Raises CheckpointError.
+    """
+    return load_head_model(checkpoint, part="input")
+
+
+def load_output_side(checkpoint: Checkpoint, *, device: str | torch.device = "cpu") -> Head:
+    """Read a head that computes logits and embeds nothing, onto `device`. Raises CheckpointError."""
+    return Head(load_head_model(checkpoint, device=device, part="output").model, checkpoint.family)
+
+
+def output_side_bytes(checkpoint: Checkpoint) -> int:
+    """The bytes of the LM head, which are all but some kilobytes of what `load_output_side` takes."""
+    return int(checkpoint.config.vocab_size) * checkpoint.hidden_size * checkpoint.dtype.itemsize
+
+
 def load_head_model(
     checkpoint: Checkpoint,
     *,
@@ -151,11 +180,14 @@ def load_head_model(
     dtype: torch.dtype | None = None,
     causal_type: type[PreTrainedModel] | None = None,
     fill_head: Callable[[PreTrainedModel, PreTrainedModel], None] | None = None,
+    part: Part = "all",
 ) -> HeadModel:
-    """Build the family's causal model and read its head, without its blocks.
+    """Build the family's causal model and read its head, or a part of it, without its blocks.
 
     causal_type: another class around the same decoder.
     fill_head: gives values to what `causal_type` has instead of the LM head; called with the model and its decoder.
+    part: with `input`, embeddings stay in the checkpoint, which must be open as long as the head is used, if it can
+        read single rows. The matrix that is left out has no rows.
 
     The head lies on `device`, in `dtype` (the checkpoint's own if None). Raises CheckpointError, UnsupportedModelError.
     """
@@ -164,11 +196,17 @@ def load_head_model(
     decoder = _decoder(model, family)
     layers: nn.ModuleList = getattr(decoder, family.layers)
     setattr(decoder, family.layers, nn.ModuleList())
+    lm_head: Any = getattr(model, family.lm_head, None)
+    if part == "output":
+        _fill_lm_head_alone(lm_head, decoder, family, checkpoint, device)
+    elif part == "input":
+        _leave_out(lm_head, device)
+        _look_up_in_file(decoder, family, checkpoint)
     fill(decoder, _own_tensors(decoder, family, checkpoint), device, checkpoint.path)
     if fill_head is not None:
         fill_head(model, decoder)
-    else:
-        _fill_lm_head(getattr(model, family.lm_head), getattr(decoder, family.embeddings), checkpoint, device)
+    elif part == "all":
+        _fill_lm_head(lm_head, getattr(decoder, family.embeddings), checkpoint, device)
     compute_buffers(model, model.config, device)
     check_filled(model, checkpoint.path)
     return HeadModel(model, decoder, layers)
@@ -190,9 +228,43 @@ def _own_tensors(
     embedding = f"{family.embeddings}.weight"
     for name, tensor in decoder.state_dict().items():
         source = name
+        if tensor.dim() and not len(tensor):
+            continue
         if name == embedding and checkpoint.config.tie_word_embeddings and not checkpoint.has(name):
             source = LM_HEAD if checkpoint.has(LM_HEAD) else name
         yield from ((name, value) for _, value in checkpoint.read([source], tensor.dtype))
+
+
+def _embedding_name(family: Family, checkpoint: Checkpoint) -> str:
+    """The name under which the checkpoint stores the embeddings: see `_own_tensors`."""
+    name = f"{family.embeddings}.weight"
+    return LM_HEAD if not checkpoint.has(name) and checkpoint.config.tie_word_embeddings else name
+
+
+def _look_up_in_file(decoder: PreTrainedModel, family: Family, checkpoint: Checkpoint) -> None:
+    """Leave the embeddings in the checkpoint's file, if it can read single rows of them."""
+    rows = checkpoint.rows(_embedding_name(family, checkpoint))
+    if rows is not None:
+        setattr(decoder, family.embeddings, StoredEmbedding(getattr(decoder, family.embeddings), rows))
+
+
+def _leave_out(matrix: Any, device: torch.device) -> None:
+    """Take all rows from the weight of an embedding or an LM head, and from its bias."""
+    for leaf in ("weight", "bias"):
+        if (value := getattr(matrix, leaf, None)) is not None:
+            empty = torch.empty(0, *value.shape[1:], dtype=value.dtype, device=device)
+            setattr(matrix, leaf, nn.Parameter(empty, requires_grad=False))
+
+
+def _fill_lm_head_alone(
+    linear: nn.Linear, decoder: PreTrainedModel, family: Family, checkpoint: Checkpoint, device: torch.device
+) -> None:
+    """Give the LM head its weights, from the embeddings' tensor if only that is stored, and leave those out."""
+    source = LM_HEAD if checkpoint.has(LM_HEAD) else _embedding_name(family, checkpoint)
+    names = {source: "weight"} | ({LM_HEAD_BIAS: "bias"} if linear.bias is not None else {})
+    tensors = ((names[name], tensor) for name, tensor in checkpoint.read(names, linear.weight.dtype))
+    fill(linear, tensors, device, checkpoint.path)
+    _leave_out(getattr(decoder, family.embeddings), device)
 
 
 def _fill_lm_head(linear: nn.Linear, embeddings: nn.Embedding, checkpoint: Checkpoint, device: torch.device) -> None:

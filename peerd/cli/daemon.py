@@ -59,6 +59,7 @@ class Offered:
     traced. `open_page`: whether to show the page to whoever starts the daemon. `names`, `origins`: as in `Endpoint`.
     `keep_positions`: how many positions the sessions of ended answers may hold, for each model. `drafts`: the small
     models that guess tokens, by the name of the model for which they do (None: the only one), on `draft_device`.
+    `remote_head`: whether last servers draw tokens, where they offer that.
     """
 
     models: tuple[tuple[str | None, Path | str], ...]
@@ -72,6 +73,7 @@ class Offered:
     drafts: tuple[tuple[str | None, Path | str], ...] = ()
     draft_device: str = "cpu"
     traces: bool = False
+    remote_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalAp
     models: dict[str, SwarmModel] = {}
     drafts = dict(offered.drafts)
     for name, path in offered.models:
-        model = await stack.enter_async_context(peer.model(path))
+        model = await stack.enter_async_context(peer.model(path, remote_head=offered.remote_head))
         await model.prepare_grammars()  # The event loop stops meanwhile, but nobody is answered yet.
         if (name := name or model.facts.name) in models:
             raise InvalidRequest(f"two models are called {name}: name one of them, --model NAME={path}")

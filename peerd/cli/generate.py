@@ -35,6 +35,7 @@ class Request:
     """A request to a model. `sampling` are arguments of `SamplingParams.from_config`; `adapter` and `speculate` are
     what `SwarmModel.generate` takes. `draft` is the small model that guesses tokens, if one does. `waits`: whether to
     wait for servers where blocks have none. `any_base`: `adapter` is the client's own, of whatever model.
+    `remote_head` is what `Peer.model` takes.
     """
 
     prompt: str
@@ -45,6 +46,7 @@ class Request:
     draft: Drafting | None = None
     waits: bool = False
     any_base: bool = False
+    remote_head: bool = False
 
 
 async def generate(
@@ -69,7 +71,7 @@ async def generate(
             )
             peer = await stack.enter_async_context(opening)
             display.update(f"reading the head of {Path(model_path).name}")
-            model = await stack.enter_async_context(peer.model(model_path))
+            model = await stack.enter_async_context(peer.model(model_path, remote_head=request.remote_head))
             if (draft := request.draft) is not None:
                 display.update(f"reading {Path(draft.model).name}, which drafts")
                 await stack.enter_async_context(peer.drafting(model, draft.model, device=draft.device))

@@ -163,9 +163,10 @@ class ServedBlocks:
         blocks: Span | None = None,
         patience: Patience | None = None,
         adapter: Adapter | None = None,
+        head: bool = False,
     ) -> Session:
         """Start a session whose chain opens with its first step. The caller must `close` it. For the arguments see
-        `session`.
+        `session`. `head`: the last hop draws tokens, where it offers that (`Session.draw`).
         """
         blocks = blocks or Span(0, self.facts.block_count)
         check_session_size(self.facts, max_length, max_rows)
@@ -178,7 +179,8 @@ class ServedBlocks:
             timeout_ms=OPEN_TIMEOUT_MS,
             needs=(PROMPT_LENGTH,) if self.facts.ropes_follow_length else (),
             # In every session, so that no server learns which are checked.
-            are_sketched=self.auditor is not None and max_rows == 1,
+            are_sketched=self.auditor is not None and max_rows == 1 and not head,
+            head=head,
         )
         terms = await self._with_adapter(terms, adapter, blocks)
         session = Session(self._tools, SessionSpec(blocks, self.facts.width, terms, patience or Patience()))
@@ -189,7 +191,8 @@ class ServedBlocks:
     def _watch(self, session: Session) -> None:
         """Have those told of it who take part in what a session is used for from now on."""
         blocks, terms = session.spec.blocks, session.spec.terms
-        if self.auditor is not None:
+        # An audit compares hidden states, of which none come back where tokens do.
+        if self.auditor is not None and not terms.head:
             self.auditor.watch(session, blocks, terms)
         if self._scout is not None:
             self._scout.watch(session, tokens=terms.tokens, adapter=terms.adapter_need)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from peerd.client.picked import TokenLogprobs
-from peerd.client.sampling import Sampler, SamplingParams
+from peerd.client.sampling import SamplingParams
+from peerd.exchange.sampler import Sampler, log_probabilities
 
 if TYPE_CHECKING:
     from peerd.client.grammars.constraint import RowConstraint
@@ -81,9 +82,8 @@ class Chooser:
 
 def logprobs_of(logits: torch.Tensor, token_id: int, top: int) -> TokenLogprobs:
     """The log-probability of a token by logits `[vocabulary]`, and the `top` most likely tokens."""
-    scores = logits.float().log_softmax(-1)
-    values, ids = scores.topk(min(top, len(scores)))
-    return TokenLogprobs(float(scores[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    (_, own), *best = log_probabilities(logits, token_id, top)
+    return TokenLogprobs(own, tuple(best))
 
 
 def logprobs_of_all(logits: torch.Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:

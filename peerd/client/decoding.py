@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from peerd.client.answer_meter import AnswerMeter
 from peerd.client.choosing import Choice, Chooser
 from peerd.client.decoding_rows import Row, RowAnswer
 from peerd.client.picked import Finish, Picked, PromptLogprobs
+from peerd.client.remote_head import RemoteHead, can_be_remote
 from peerd.client.sampling import SamplingParams
 from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation, Speculator
 from peerd.client.text_stream import StopFilter, TextStream
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from peerd.client.grammars.vocabulary import CompiledGrammar
     from peerd.client.session.kept_sessions import AnswerSession
     from peerd.client.session.session import Session
+    from peerd.protocol.messages.drawing import TokenPairs
 
 
 class Decoding:
@@ -43,7 +46,8 @@ class Decoding:
     It continues with the same session if that still exists, which is kept for a while, and otherwise with a new one.
     `hidden_ends`: tokens among those that end an answer whose text is left out, though it may be ordinary. `decode`
     turns ids into text in place of the model's own way. `grammar` is the sampling's, if it is compiled already. With
-    `prompt_logprobs`, the first token of each row brings those of the prompt, with that many alternatives.
+    `prompt_logprobs`, the first token of each row brings those of the prompt, with that many alternatives. Where the
+    model wants the last hop's head (`TokenModel.remote_vocab`), that draws what it can.
     """
 
     def __init__(
@@ -87,6 +91,8 @@ class Decoding:
         # How long the last step took. None for the prompt's, which says nothing about decoding.
         self._step_s: float | None = None
         self._begun = False
+        vocab = model.remote_vocab if prompt_logprobs is None and can_be_remote(sampling, top_logprobs, rows) else None
+        self._remote = None if vocab is None else RemoteHead(sampling, len(prompt), top_logprobs, vocab)
         self._rows = [
             Row(number, TextStream(decode or model.decode), StopFilter(stop), list(prompt), len(prompt))
             for number in range(rows)
@@ -158,6 +164,7 @@ class Decoding:
             prompt_length=self._length if self._ropes_changed else len(self._prompt),
             adapter=self._adapter,
             patience=self._patience,
+            head=self._remote is not None,
         )
         if not self._rows[0].count:
             self.cached = self._held.computed
@@ -182,7 +189,7 @@ class Decoding:
             if not self._begun:
                 self._answers = await self._begin(live)
             # Over a large vocabulary this takes tens of milliseconds for each token.
-            choices = await self._model.in_thread(self._choose, self._answers) if self._answers else []
+            choices = await self._chosen(self._answers)
             answers, self._answers = self._answers, []
             gained = 0
             for answer, chosen in zip(answers, choices, strict=True):
@@ -208,7 +215,7 @@ class Decoding:
     async def _begin(self, live: Sequence[Row]) -> list[RowAnswer]:
         """Compute the prompt once for all rows, or each row's text if it has tokens already."""
         forked = [] if live[0].count else live[1:]
-        ends = []
+        ends: list[torch.Tensor | Sequence[TokenPairs]] = []
         prompt: PromptLogprobs | None = None
         top = None if live[0].count else self._prompt_logprobs
         want: Want = "last" if top is None else "all"
@@ -216,17 +223,33 @@ class Decoding:
             # A kept session has only one row.
             start = self._held.computed if self._held is not None else 0
             embedded = await self._model.in_thread(self._model.embed, row.context[start:], start)
+            if self._remote is not None:
+                rows = [each.number for each in live] if forked else ()
+                request = self._remote.request({row.number: row.context}, rows=rows)
+                ends.append(await self._open_session.draw(embedded, request, row=row.number, start=start))
+                continue
             async with self._meter.watching_prompt(self._open_session):
                 hidden = await self._open_session.step(embedded, row=row.number, start=start, want=want)
             ends.append(hidden[-1:])
             if top is not None:
                 prompt = (None, *await self._model.score(hidden[:-1], self._prompt[1:], top))
-        logits = (await self._model.logits(torch.cat(ends), self._most)).expand(len(live), -1)
+        parts = await self._first_parts(ends, len(live))
         self._begun = True
         self._step_s = None
         self._dropped = ()
         self._ops = tuple(Fork(0, row.number, len(self._prompt)) for row in forked)
-        return [RowAnswer(row, (), scores[None], prompt) for row, scores in zip(live, logits, strict=True)]
+        return [RowAnswer(row, (), part, prompt) for row, part in zip(live, parts, strict=True)]
+
+    async def _first_parts(
+        self, ends: Sequence[torch.Tensor | Sequence[TokenPairs]], count: int
+    ) -> list[torch.Tensor | Sequence[TokenPairs]]:
+        """What the first tokens of `count` rows are drawn from, or were drawn: `ends` are that of one row for all, or
+        one of each.
+        """
+        if drawn := [pairs for end in ends if not isinstance(end, torch.Tensor) for pairs in end]:
+            return [[pairs] for pairs in drawn]
+        hidden = torch.cat([end for end in ends if isinstance(end, torch.Tensor)])
+        return list((await self._model.logits(hidden, self._most)).expand(count, -1)[:, None])
 
     async def _begin_again(self) -> None:
         """Continue in a session whose blocks have computed nothing yet."""
@@ -243,11 +266,26 @@ class Decoding:
             start = len(row.context) - 1
             inputs.append(self._model.embed((row.context[-1], *draft), start))
             rows.append(RowSlice(row.number, start, 1 + len(draft)))
-        hidden = await self._open_session.step(torch.cat(inputs), rows=rows, ops=self._ops, want="all")
-        logits = await self._model.logits(hidden, self._most)
+        parts = await self._run_step(torch.cat(inputs), rows, live, drafts)
         self._step_s = trio.current_time() - began
-        parts = torch.split(logits, [piece.count for piece in rows])
         return [RowAnswer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]
+
+    async def _run_step(
+        self, hidden: torch.Tensor, rows: Sequence[RowSlice], live: Sequence[Row], drafts: Sequence[tuple[int, ...]]
+    ) -> Sequence[torch.Tensor | Sequence[TokenPairs]]:
+        """For each row the logits of a step, or the tokens that the last hop drew."""
+        session, counts = self._open_session, [piece.count for piece in rows]
+        if self._remote is None:
+            result = await session.step(hidden, rows=rows, ops=self._ops, want="all")
+        else:
+            contexts = {row.number: [*row.context, *draft] for row, draft in zip(live, drafts, strict=True)}
+            request = self._remote.request(contexts)
+            drawn = await session.draw(hidden, request, rows=rows, ops=self._ops, want="all")
+            if not isinstance(drawn, torch.Tensor):
+                ends = list(accumulate(counts))
+                return [drawn[end - count : end] for end, count in zip(ends, counts, strict=True)]
+            result = drawn
+        return torch.split(await self._model.logits(result, self._most), counts)
 
     async def _drafts(self, live: Sequence[Row]) -> Sequence[tuple[int, ...]]:
         if self._speculator is None:
@@ -275,16 +313,21 @@ class Decoding:
             drafted = sum(len(answer.draft) for answer in answers)
             self._speculator.note(len(answers), drafted, gained, self._step_s)
 
-    def _choose(self, answers: Sequence[RowAnswer]) -> list[list[Choice]]:
-        """The next tokens of each row. Runs in a worker thread."""
-        return [
-            list(
-                self._chooser.choices(
-                    each.logits, each.row.context, each.draft, row=each.row.number, constraint=each.row.constraint
-                )
-            )
-            for each in answers
-        ]
+    async def _chosen(self, answers: Sequence[RowAnswer]) -> list[list[Choice]]:
+        """The next tokens of each row."""
+        if not any(isinstance(each.logits, torch.Tensor) for each in answers):
+            return [self._choose(each) for each in answers]
+        return await self._model.in_thread(lambda: [self._choose(each) for each in answers])
+
+    def _choose(self, answer: RowAnswer) -> list[Choice]:
+        """The next tokens of a row. Runs in a worker thread, unless they are drawn already."""
+        if not isinstance(answer.logits, torch.Tensor):
+            assert self._remote is not None
+            return list(self._remote.choices(answer.logits, answer.draft))
+        row = answer.row
+        return list(
+            self._chooser.choices(answer.logits, row.context, answer.draft, row=row.number, constraint=row.constraint)
+        )
 
     def _pick(self, row: Row, choice: Choice, prompt: PromptLogprobs | None) -> Picked:
         token_id, ends, position = choice.token_id, choice.ends, len(row.context)

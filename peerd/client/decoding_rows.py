@@ -9,9 +9,12 @@ from peerd.client.picked import PromptLogprobs
 from peerd.client.text_stream import StopFilter, TextStream
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from peerd.client.grammars.constraint import RowConstraint
+    from peerd.protocol.messages.drawing import TokenPairs
 
 
 @dataclass(slots=True, eq=False)
@@ -34,12 +37,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowAnswer:
-    """A step's answer for one row: logits `[1 + guesses, vocabulary]` after its last token and after each guess.
+    """A step's answer for one row: logits `[1 + guesses, vocabulary]` after its last token and after each guess, or the
+    tokens that the last hop drew there.
 
     `prompt` comes with the first one, if it was asked for.
     """
 
     row: Row
     draft: tuple[int, ...]
-    logits: torch.Tensor
+    logits: torch.Tensor | Sequence[TokenPairs]
     prompt: PromptLogprobs | None = None

@@ -11,11 +11,11 @@ import trio
 from peerd.client.blocks import Adapter, ModelFacts, ServedBlocks
 from peerd.client.finding.finder import FRESH_S, ChainFinder, Patience
 from peerd.client.grammars.compiling import GrammarCompiler
-from peerd.client.head_task import HeadTask
 from peerd.client.session.kept_sessions import AnswerSession, KeptSessions, Shape, roomy_length
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
 from peerd.client.token_bytes import TokenBytes
+from peerd.exchange.head_task import HeadTask
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NotServed
 from peerd.routing.directory.directory import CACHE_S
 
@@ -64,12 +64,17 @@ class SwarmModel(ServedBlocks):
         hub: HubSettings | None = None,
         auditor: Auditor | None = None,
         grammar_check: GrammarCheck | None = None,
+        *,
+        remote_head: bool = False,
     ) -> None:
-        """`grammar_check`: where grammars are compiled first, in case that they never end; None for trusted ones."""
+        """`grammar_check`: where grammars are compiled first, in case that they never end; None for trusted ones.
+        `remote_head`: have last hops draw tokens where they can.
+        """
         super().__init__(facts, finder, opener, tasks, scout, hub, auditor)
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self._head = head
+        self._is_remote = remote_head
         #: What the answers of this model share to guess tokens ahead; None if they never do.
         self.speculation: Speculation | None = Speculation()
         #: Sessions of answers that have ended, for prompts that begin as they do; None if sessions end with answers.
@@ -93,23 +98,25 @@ class SwarmModel(ServedBlocks):
         prompt_length: int = 0,
         adapter: Adapter | None = None,
         patience: Patience | None = None,
+        head: bool = False,
     ) -> AnswerSession:
         """A session for an answer to `prompt`: a kept one that has its beginning, or a new one. For the other arguments
-        see `session`. The caller gives it to `end_answer`. With an empty prompt it is a new one, which is not kept.
+        see `session` and `start_session`. The caller gives it to `end_answer`. With an empty prompt it is a new one,
+        which is not kept.
         """
-        start = partial(self.start_session, prompt_length=prompt_length, patience=patience)
+        start = partial(self.start_session, prompt_length=prompt_length, patience=patience, head=head)
         # The ropes of some models depend on the first prompt's length; and an adapter's name may change its meaning.
         is_keepable = bool(prompt) and max_rows == 1 and adapter is None and not self.facts.ropes_follow_length
         if self.kept is None or not is_keepable:
             session = await start(max_length=max_length, max_rows=max_rows, max_rollback=max_rollback, adapter=adapter)
             return AnswerSession(session, 0, None)
-        if (taken := self.kept.take(list(prompt), Shape(max_length, max_rollback))) is not None:
+        if (taken := self.kept.take(list(prompt), Shape(max_length, max_rollback, head))) is not None:
             self._watch(taken.session)
             return taken
         offers = await self._tools.finder.offers(CACHE_S)
         max_length = roomy_length(max_length, min(self.facts.max_length, self.kept.budget), offers)
         # Without windows it costs nothing, and chats are edited anywhere.
-        shape = Shape(max_length, max_rollback if self.facts.limits_rollback else max_length)
+        shape = Shape(max_length, max_rollback if self.facts.limits_rollback else max_length, head)
         session = await start(max_length=shape.max_length, max_rollback=shape.max_rollback)
         return AnswerSession(session, 0, shape)
 
@@ -268,6 +275,11 @@ class SwarmModel(ServedBlocks):
             if token >= self.vocab_size:
                 raise InvalidRequest(f"logit_bias: token {token} is not one of the model's {self.vocab_size}")
         return params
+
+    @property
+    def remote_vocab(self) -> int | None:
+        """How many token ids there are, if last hops are to draw tokens where they can; else None."""
+        return self.vocab_size if self._is_remote else None
 
     @property
     def ropes_change_at(self) -> int | None:

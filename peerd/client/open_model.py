@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,19 +19,21 @@ from peerd.client.blocks import ModelFacts, ServedBlocks
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.finding.scout import FIRST_WAIT_S, Scout
 from peerd.client.grammars.checking import open_grammar_check
-from peerd.client.head_task import HeadTask
 from peerd.client.model import SwarmModel
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
 from peerd.compute.adapters.linear_layers import linear_layers
 from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
 from peerd.compute.families.layer_kinds import layer_kinds
-from peerd.compute.model.head import Head, load_head_model
+from peerd.compute.model.head import Head, load_head_model, load_input_side, load_output_side
 from peerd.compute.model.rotary import changed_beyond, follow_length
+from peerd.exchange.head_task import HeadTask
 from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
 from peerd.trio_tools import import_in_thread, open_tasks
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from peerd.client.audits.policy import AuditPolicy
@@ -66,12 +69,15 @@ class Client(Protocol):
 
 
 @asynccontextmanager
-async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[SwarmModel]:
-    """A model of the swarm, its head and tokenizer read from `checkpoint`. Raises CheckpointError."""
+async def open_model(client: Client, checkpoint: Checkpoint, *, remote_head: bool = False) -> AsyncIterator[SwarmModel]:
+    """A model of the swarm, its head and tokenizer read from `checkpoint`. Raises CheckpointError.
+
+    remote_head: have last hops draw tokens where they can. The head is then not read before an answer needs it.
+    """
     await fetch_head(checkpoint)
-    side = await trio.to_thread.run_sync(_read_client_side, checkpoint)
+    side = await trio.to_thread.run_sync(_read_client_side, checkpoint, remote_head)
     async with _open_route(client, side.facts) as route, open_grammar_check() as check, open_tasks() as tasks:
-        task = HeadTask(side.head)
+        task = HeadTask(side.head, load_output=partial(_load_output, checkpoint) if remote_head else None)
         tasks.start_soon(task.run)
         yield SwarmModel(
             side.facts,
@@ -85,6 +91,7 @@ async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[Sw
             client.hub,
             route.auditor,
             check,
+            remote_head=remote_head,
         )
 
 
@@ -184,16 +191,27 @@ class _ClientSide:
     generation_config: Any
 
 
-def _read_client_side(checkpoint: Checkpoint) -> _ClientSide:
+def _read_client_side(checkpoint: Checkpoint, remote_head: bool) -> _ClientSide:
     """Blocks the thread; run it in a worker thread."""
     tokenizer = load_tokenizer(checkpoint)
-    built = load_head_model(checkpoint)
+    built = load_input_side(checkpoint) if remote_head else load_head_model(checkpoint)
     adaptable = frozenset(linear_layers(built.layers, layer_kinds(checkpoint.config)))
     head = Head(built.model, checkpoint.family)
-    head.make_shortlist()
+    if not remote_head:
+        head.make_shortlist()
     return _ClientSide(
         replace(facts_of(checkpoint), adaptable=adaptable),
         head,
         tokenizer,
         generation_config(checkpoint, tokenizer),
     )
+
+
+def _load_output(checkpoint: Checkpoint) -> Head:
+    """What computes logits, for a client that had meant to have that done elsewhere. Blocks the thread."""
+    log.info(
+        "reading the head of %s: its last server draws no tokens, or an answer needs what it cannot do", checkpoint.name
+    )
+    head = load_output_side(checkpoint)
+    head.make_shortlist()
+    return head

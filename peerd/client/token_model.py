@@ -28,6 +28,10 @@ class TokenModel(Protocol):
         """See `ModelFacts`."""
 
     @property
+    def remote_vocab(self) -> int | None:
+        """How many token ids there are, if last hops are to draw tokens where they can; else None."""
+
+    @property
     def meters(self) -> Meters:
         """What the peer counts and times."""
 
@@ -41,8 +45,11 @@ class TokenModel(Protocol):
         prompt_length: int = 0,
         adapter: Adapter | None = None,
         patience: Patience | None = None,
+        head: bool = False,
     ) -> AnswerSession:
-        """A session for an answer: one that has the beginning of the prompt, or a new one."""
+        """A session for an answer: one that has the beginning of the prompt, or a new one. `head`: whether its last hop
+        draws the tokens, where it offers that.
+        """
 
     def end_answer(self, answer: AnswerSession, ids: Sequence[int]) -> None:
         """Keep the session for another answer, or close it. `ids`: what its row has computed; none if it failed."""

@@ -124,6 +124,10 @@ class EngineTask:
                 self._work = trio.Event()
                 await self._work.wait()
 
+    def note_turn(self) -> None:
+        """Count a turn that other parts of the span's device have ended: a client that waits sees that it works."""
+        self.turns += 1
+
     async def run_blocking(self, work: Callable[[], T]) -> T:
         """Run `work` on the device thread between two batches, where it may use the span's tensors.
 

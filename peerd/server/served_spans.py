@@ -10,22 +10,26 @@ from peerd.net.containment import Containment
 from peerd.protocol.encoding.tensors import CODECS
 from peerd.protocol.errors import ContextTooLong, Draining, InvalidRequest, NotServed, UnsupportedFeature
 from peerd.protocol.messages.adapters import OWN_ADAPTER
+from peerd.protocol.messages.drawing import HEAD
 from peerd.protocol.messages.session import FEATURES, OpenSession
 from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
+from peerd.server.served_head import ServedHead
 
 
 @dataclass(frozen=True, slots=True)
 class ServedSpan:
-    """Blocks of one model that this peer serves, the engine that runs them, and the memory for clients' own
-    adapters.
+    """Blocks of one model that this peer serves, the engine that runs them, the memory for clients' own adapters, and
+    the head, if it is served too.
     """
 
     model: bytes
     max_length: int
     task: EngineTask
     adapter_room: AdapterRoom = field(default_factory=AdapterRoom)
+    #: What draws tokens here, where the span has the model's last block and the operator wants it.
+    head: ServedHead | None = None
 
     @property
     def span(self) -> Span:
@@ -35,9 +39,10 @@ class ServedSpan:
 class _Running:
     """The running task of one span's engine."""
 
-    def __init__(self, task: EngineTask, containment: Containment) -> None:
+    def __init__(self, served: ServedSpan, containment: Containment) -> None:
         self.leaving = False
-        self._task = task
+        self._task = served.task
+        self._head = served.head
         self._containment = containment
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -46,12 +51,21 @@ class _Running:
         try:
             with self._scope:
                 with self._containment.around("an engine's task"):
-                    await self._task.run()
+                    await self._run_parts()
                 # Its sessions wait for nothing now: the host of the span withdraws it.
                 self._task.break_down("a bug ended its engine's task")
                 await trio.sleep_forever()
         finally:
             self._ended.set()
+
+    async def _run_parts(self) -> None:
+        """Run the engine, and the head if one is served, until one of them fails."""
+        if self._head is None:
+            await self._task.run()
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._head.run)
+            await self._task.run()
 
     async def stop(self) -> None:
         """End the task, after the batch that it runs."""
@@ -77,7 +91,7 @@ class ServedSpans:
 
     def start(self, served: ServedSpan, nursery: trio.Nursery) -> None:
         """Run a span's engine in the nursery; sessions may be admitted from now on."""
-        running = self._running[served.task] = _Running(served.task, self._containment)
+        running = self._running[served.task] = _Running(served, self._containment)
         nursery.start_soon(running.run)
         self.all += (served,)
 
@@ -113,10 +127,19 @@ class ServedSpans:
             raise InvalidRequest("a session has an adapter of this peer or its client's own, not both")
         own = OWN_ADAPTER in opening.needs
         served = self.find(opening.model, opening.start, opening.end, adapter=opening.adapter, own_adapter=own)
+        if HEAD in opening.needs:
+            self._check_head(served, opening)
         if opening.max_length > served.max_length:
             # Some models look positions up in a table: beyond its end there is nothing to compute.
             raise ContextTooLong(f"{opening.max_length} positions: this model takes {served.max_length}")
         return served
+
+    @staticmethod
+    def _check_head(served: ServedSpan, opening: OpenSession) -> None:
+        if served.head is None:
+            raise UnsupportedFeature("this peer draws no tokens: it does not serve the model's head")
+        if opening.next is not None or opening.end != served.span.end:
+            raise InvalidRequest("only a last hop, behind the model's last block, draws tokens")
 
     def find(self, model: bytes, start: int, end: int, *, adapter: str = "", own_adapter: bool = False) -> ServedSpan:
         """The span that has these blocks and can run the adapter. Raises NotServed, Draining, UnsupportedFeature."""

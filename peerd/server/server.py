@@ -271,6 +271,7 @@ class Server:
             ),
             served.adapter_room,
             self._receipts(owner, opening),
+            served.head,
         )
         # It is in the table before it is admitted, so that a client cannot open the same session twice while it waits.
         self._sessions.add(key, session)

@@ -25,6 +25,7 @@ from peerd.compute.llamacpp.budget import llama_budget
 from peerd.compute.llamacpp.library import is_usable, load_library
 from peerd.compute.llamacpp.supported import is_quantized, why_not
 from peerd.compute.llamacpp.untouched import TAKES_BACK
+from peerd.compute.model.head import output_side_bytes
 from peerd.compute.model.stored_as import has_grids
 from peerd.compute.quantized.bitsandbytes_import import check_bitsandbytes
 from peerd.compute.quantized.formats import NONE, PACKED, QUANTIZATIONS
@@ -33,6 +34,7 @@ from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
 from peerd.server.quotas import AdapterRoom
+from peerd.server.served_head import POSITIONS_AT_ONCE
 from peerd.spans.spec import AUTO, ENGINES, LLAMACPP, TORCH, ServeSpec
 
 # llama.cpp plans its buffers for a batch that sees all of its cache, and on some systems the whole cache takes memory.
@@ -58,6 +60,26 @@ CLIENT_ADAPTER_SHARE = 1 / 64
 
 # The share of all memory that training passes may take at most. Most peers are asked mainly for inference.
 PASS_SHARE = 1 / 16
+
+
+# The head is served without being asked for if it takes at most this share of the memory, as training does.
+HEAD_SHARE = 1 / 16
+
+
+def serves_head(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> bool:
+    """Whether the model's head is served beside `span` (None: beside blocks that are not chosen yet)."""
+    if span is not None and span.end < checkpoint.block_count:
+        return False
+    if spec.head is None:
+        return output_side_bytes(checkpoint) <= given_bytes_of(spec) * HEAD_SHARE
+    return spec.head
+
+
+def _head_bytes(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None) -> int:
+    """What the head takes: its matrix, and the logits of the positions that it computes at once, twice for a draw."""
+    if not serves_head(spec, checkpoint, span):
+        return 0
+    return output_side_bytes(checkpoint) + 2 * POSITIONS_AT_ONCE * int(checkpoint.config.vocab_size) * 4
 
 
 def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
@@ -212,11 +234,12 @@ def given_bytes_of(spec: ServeSpec) -> int:
 
 
 def _room(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> int:
-    """How many of these bytes blocks and KV may take: adapters of `span` (default: all blocks) and training are
-    subtracted.
+    """How many of these bytes blocks and KV may take: adapters of `span` (default: all blocks), the head and training
+    are subtracted.
     """
     passes = 0 if engine_of(spec, checkpoint) == LLAMACPP else pass_bytes_of(spec)
-    return given_bytes_of(spec) - _adapter_bytes(spec, checkpoint, span) - passes
+    beside = _adapter_bytes(spec, checkpoint, span) + _head_bytes(spec, checkpoint, span)
+    return given_bytes_of(spec) - beside - passes
 
 
 def pass_bytes_of(spec: ServeSpec) -> int:

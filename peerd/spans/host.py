@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.checkpoints import Checkpoints, fetch_span
+from peerd.checkpoints import Checkpoints
 from peerd.discovery.discovery import Discovery
 from peerd.net.connections import Connections
 from peerd.protocol.errors import InvalidRequest
@@ -111,7 +111,7 @@ class SpanHost:
         that the spec allows. Raises CheckpointError, InvalidRequest.
         """
         await import_in_thread("peerd.spans.loading")
-        from peerd.spans.loading import SpanLoader, load_served
+        from peerd.spans.loading import SpanLoader, fetch_served, load_served
 
         if not self._is_announcing:
             self._is_announcing = True
@@ -125,7 +125,7 @@ class SpanHost:
         try:
             async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
                 shares = await self._choose(spec, checkpoint, reserved)
-                await fetch_span(checkpoint, Span(shares[0][1].start, shares[-1][1].end))
+                await fetch_served(spec, checkpoint, Span(shares[0][1].start, shares[-1][1].end))
                 for own, span in shares:
                     ready.append(await load_served(own, checkpoint, span))
                 digest, block_count = checkpoint.model_digest, checkpoint.block_count

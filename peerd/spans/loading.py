@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import trio
 
-from peerd.checkpoints import Checkpoints, fetch_span
+from peerd.checkpoints import Checkpoints, fetch_head, fetch_span
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.device.failures import is_out_of_memory
@@ -27,16 +27,19 @@ from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
 from peerd.compute.llamacpp.library import package_version
 from peerd.compute.llamacpp.loading import load_llama_engine
+from peerd.compute.model.head import load_output_side, output_side_bytes
 from peerd.compute.model.span_model import load_span
 from peerd.compute.model.stored_as import packing_notes
 from peerd.compute.quantized.formats import NONE, PACKED
 from peerd.compute.training.memory import PassMemory
+from peerd.exchange.head_task import HeadTask
 from peerd.protocol.encoding.tensors import CODECS, DTYPE_NAMES
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.records.envelope import ServerRecord, block_roots
 from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
+from peerd.server.served_head import POSITIONS_AT_ONCE, ServedHead
 from peerd.server.served_spans import ServedSpan
 from peerd.spans.adapters import load_adapter, read_adapter
 from peerd.spans.budget import (
@@ -50,6 +53,7 @@ from peerd.spans.budget import (
     pass_bytes_of,
     promised_bytes_of,
     quantization_of,
+    serves_head,
 )
 from peerd.spans.spec import LLAMACPP, ServeSpec
 
@@ -76,6 +80,8 @@ class LoadedSpan:
     adapter_room: AdapterRoom
     family: Family
     uplink: float = 0.0
+    #: What draws tokens here; None where no head is served.
+    head: ServedHead | None = None
     #: The host memory that it may still take: the system does not see KV that was never written.
     promised_bytes: int = 0
 
@@ -132,8 +138,18 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         room,
         checkpoint.family,
         float(spec.uplink or 0),
+        _load_head(spec, checkpoint, span),
         promised_bytes_of(spec, checkpoint, engine, room),
     )
+
+
+def _load_head(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> ServedHead | None:
+    if not serves_head(spec, checkpoint, span):
+        return None
+    head = load_output_side(checkpoint, device=spec.device)
+    head.make_shortlist()
+    log.info("the head of %s is served too: it takes %s", checkpoint.name, format_size(output_side_bytes(checkpoint)))
+    return ServedHead(HeadTask(head, positions_at_once=POSITIONS_AT_ONCE))
 
 
 def _load_llama(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> BaseEngine:
@@ -207,14 +223,14 @@ class SpanLoader:
     async def fetch(self, span: Span) -> None:
         """Download the span's files to this machine. Raises CheckpointError."""
         async with self.open() as checkpoint:
-            await fetch_span(checkpoint, span)
+            await fetch_served(self._spec, checkpoint, span)
 
     async def load(self, span: Span) -> tuple[ServedSpan, LoadedSpan]:
         """Load an engine over the span. Raises CheckpointError, InvalidRequest, OSError, MemoryError,
         torch.OutOfMemoryError.
         """
         async with self.open() as checkpoint:
-            await fetch_span(checkpoint, span)
+            await fetch_served(self._spec, checkpoint, span)
             spec = replace(self._spec, promised_bytes=self.promised_bytes_of())
             return await load_served(spec, checkpoint, span)
 
@@ -242,6 +258,13 @@ class SpanLoader:
             yield checkpoint
 
 
+async def fetch_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> None:
+    """Download what is needed to serve the span. Raises CheckpointError."""
+    await fetch_span(checkpoint, span)
+    if serves_head(spec, checkpoint, span):
+        await fetch_head(checkpoint)
+
+
 async def load_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> tuple[ServedSpan, LoadedSpan]:
     """Make an engine over blocks whose files are on this machine, and its task. Raises as `load`, and MemoryError."""
     try:
@@ -255,4 +278,6 @@ async def load_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> tu
     max_length = checkpoint.max_length or MAX_LENGTH
     task = EngineTask(loaded.engine)
     task.share = spec.share
-    return ServedSpan(checkpoint.model_digest, max_length, task, loaded.adapter_room), loaded
+    if loaded.head is not None:
+        loaded.head.worked = task.note_turn
+    return ServedSpan(checkpoint.model_digest, max_length, task, loaded.adapter_room, loaded.head), loaded

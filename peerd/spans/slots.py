@@ -81,6 +81,7 @@ class Slot:
             slot=self.number,
             queue_s=self._queue_s(served, loaded),
             uplink=loaded.uplink,
+            head=served.head is not None,
         )
 
     def _queue_s(self, served: ServedSpan, loaded: LoadedSpan) -> float:
@@ -104,6 +105,7 @@ class Slot:
             block_roots=(),
             adapters=(),
             queue_s=0.0,
+            head=False,
             slot=slot,
         )
 

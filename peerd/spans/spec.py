@@ -51,6 +51,8 @@ class ServeSpec:
     uplink: bytes a second that this machine can send, which clients use for planning; None for the measured value.
     look_every_s: how often the peer checks whether it should move; None for every five minutes.
     promised_bytes: the host memory that other spans of this peer may still take; `Peer.serve` fills it in.
+    head: whether to draw tokens too, for sessions whose last hop this is; None: in a private swarm, if the head takes
+        little of the memory. `Peer.serve` decides for a swarm that is open to everybody: not by itself.
     trainable: who may train a copy of the blocks; None: nobody.
     hub: how adapters are fetched; `Peer.serve` fills it in.
     """
@@ -76,3 +78,4 @@ class ServeSpec:
     trainable: Trainable | None = None
     hub: HubSettings | None = None
     engine: str = AUTO
+    head: bool | None = None

@@ -134,7 +134,15 @@ class TrainableSpans:
         await _writing("trained blocks", _lay_out, folder, description, copy.newest)
         span = _around(copy.trainer.model.span, copy.served, description)
         spec = replace(
-            copy.spec, model=folder, revision=None, blocks=span, stay=True, adapters=(), trainable=None, engine=AUTO
+            copy.spec,
+            model=folder,
+            revision=None,
+            blocks=span,
+            stay=True,
+            adapters=(),
+            trainable=None,
+            engine=AUTO,
+            head=False,
         )
         try:
             await self._serve(spec)

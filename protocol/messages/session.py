@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from peerd.protocol.encoding.schema import (
     Message,
     binary,
+    boolean,
     choice,
     group,
     integer,
@@ -25,6 +26,7 @@ from peerd.protocol.encoding.schema import (
 )
 from peerd.protocol.errors import NoRoom, Overloaded, PeerdError, from_wire
 from peerd.protocol.messages.audits import Copy, Sketch, sketch_seeds
+from peerd.protocol.messages.drawing import HEAD, Draw, Sampling
 from peerd.protocol.messages.receipts import Acknowledge, receipt_every
 from peerd.protocol.messages.session_fields import (
     MAX_LENGTH as MAX_LENGTH,
@@ -66,7 +68,7 @@ MAX_RETRY_MS = 600_000
 REPLAY_SEQ = 0
 # The features of this version that a client may `need`.
 PROMPT_LENGTH = "prompt_length"
-FEATURES = frozenset({"bridge", "fork", "own_adapter", "own_prefixes", "own_prompts", PROMPT_LENGTH, "route"})
+FEATURES = frozenset({"bridge", "fork", HEAD, "own_adapter", "own_prefixes", "own_prompts", PROMPT_LENGTH, "route"})
 
 Want = Literal["none", "last", "all"]
 
@@ -192,13 +194,17 @@ class Step(Message):
 
 @dataclass(frozen=True, slots=True)
 class Output(Message):
-    """Last hop to client: the answer to step `seq`. `rows` says which positions the body contains."""
+    """Last hop to client: the answer to step `seq`. `rows` says which positions the body is about.
+
+    drawn: whether the body holds tokens (`unpack_drawn`) in place of hidden states.
+    """
 
     TYPE: ClassVar[str] = "output"
     epoch: int = required(integer(0, U32))
     seq: int = required(integer(0, U32))
     rows: tuple[RowSlice, ...] = optional(row_slices, (), dump_slices)
     tensor: dict[str, Any] | None = optional(mapping, None)
+    drawn: bool = optional(boolean, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +296,7 @@ class Linked(Message):
 
 
 # The messages that each side may send on each kind of stream.
-CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (OpenSession, Step, Route, Bridge, Acknowledge, Copy)
+CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (OpenSession, Step, Route, Bridge, Acknowledge, Copy, Sampling, Draw)
 CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure, Step, Sketch)
 PROGRESS_FROM_CLIENT: tuple[type[Message], ...] = (Ask,)
 PROGRESS_FROM_HOP: tuple[type[Message], ...] = (Progress, Failure)

@@ -18,6 +18,7 @@ from peerd.protocol.encoding.schema import (
     Message,
     Rule,
     binary,
+    boolean,
     built,
     choice,
     group,
@@ -180,6 +181,7 @@ class ServerRecord(Announcement):
     slot: the number of this span among the peer's spans, which stays when the span moves; or its `intention_slot`.
     queue_s: seconds that a step takes on this peer beyond what `throughput` says, because it serves other sessions too.
     uplink: bytes a second that the peer can send; 0: unknown.
+    head: whether the peer draws tokens for sessions whose last hop it is (spec/sessions/drawing.md).
     """
 
     TYPE: ClassVar[str] = "server"
@@ -200,6 +202,7 @@ class ServerRecord(Announcement):
     client_adapters: int = optional(integer(0, 2**40), 0)
     queue_s: float = optional(number(0, 3600), 0.0)
     uplink: float = optional(number(0, 1e12), 0.0)
+    head: bool = optional(boolean, False)
 
     def __post_init__(self) -> None:
         shards = len(shards_of(self.span))

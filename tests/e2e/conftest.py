@@ -142,15 +142,19 @@ class LocalSwarm:
     def bootstrap(self) -> tuple[peerd.Multiaddr, ...]:
         return self.servers[0].peer.addresses if self.servers else ()
 
-    async def serve(self, span: peerd.Span) -> LocalServer:
-        server: LocalServer = await self._tasks.start(self._run, span, self.bootstrap)
+    async def serve(self, span: peerd.Span, *, head: bool = False) -> LocalServer:
+        server: LocalServer = await self._tasks.start(self._run, span, self.bootstrap, head)
         self.servers.append(server)
         return server
 
     async def _run(
-        self, span: peerd.Span, bootstrap: Sequence[peerd.Multiaddr], task_status: trio.TaskStatus[LocalServer]
+        self,
+        span: peerd.Span,
+        bootstrap: Sequence[peerd.Multiaddr],
+        head: bool,
+        task_status: trio.TaskStatus[LocalServer],
     ) -> None:
-        spec = peerd.ServeSpec(self._model_path, span, kv_tokens=KV_TOKENS, quantize="none")
+        spec = peerd.ServeSpec(self._model_path, span, kv_tokens=KV_TOKENS, quantize="none", head=head)
         stopped = trio.Event()
         with trio.CancelScope() as scope:
             async with peerd.open_peer(listen=[LISTEN], serve=[spec], bootstrap=bootstrap) as peer:
@@ -159,13 +163,16 @@ class LocalSwarm:
         stopped.set()
 
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[peerd.SwarmModel]:
+    async def client(self, *, remote_head: bool = False) -> AsyncIterator[peerd.SwarmModel]:
         """The model, as a new client sees it."""
-        async with peerd.open_peer(bootstrap=self.bootstrap) as peer, peer.model(self._model_path) as model:
+        async with (
+            peerd.open_peer(bootstrap=self.bootstrap) as peer,
+            peer.model(self._model_path, remote_head=remote_head) as model,
+        ):
             yield model
 
 
-OpenLocalSwarm = Callable[[int], Any]
+OpenLocalSwarm = Callable[..., Any]
 
 
 @pytest.fixture
@@ -173,11 +180,11 @@ def open_local_swarm(model_path: Path) -> OpenLocalSwarm:
     """`async with open_local_swarm(3) as swarm:` all blocks, spread evenly over that many servers."""
 
     @asynccontextmanager
-    async def open_swarm(servers: int) -> AsyncIterator[LocalSwarm]:
+    async def open_swarm(servers: int, *, head: bool = False) -> AsyncIterator[LocalSwarm]:
         async with open_tasks() as tasks:
             swarm = LocalSwarm(model_path, tasks)
             for span in even_spans(BLOCKS, servers):
-                await swarm.serve(span)
+                await swarm.serve(span, head=head)
             yield swarm
 
     return open_swarm

@@ -20,7 +20,7 @@ CLIENT = """
 import json, sys
 import torch, transformers, trio
 import peerd.peer, peerd.client.model, peerd.client.generation, peerd.client.finding.finder
-import peerd.client.head_task, peerd.client.session.opener
+import peerd.exchange.head_task, peerd.client.session.opener
 import peerd.compute.checkpoint.checkpoint, peerd.compute.model.head, peerd.compute.checkpoint.tokenizer
 
 

@@ -43,6 +43,22 @@ async def test_steps_of_a_session_equal_the_whole_model_also_after_rolling_back(
         await until(lambda: all_free(swarm))
 
 
+async def test_a_client_without_the_head_gets_the_tokens_of_one_with_it(open_local_swarm):
+    samplings = ({"temperature": 0}, {"temperature": 0.9, "seed": 7, "repetition_penalty": 1.2})
+    async with open_local_swarm(1, head=True) as swarm:
+        answers = []
+        for remote_head in (False, True):
+            async with swarm.client(remote_head=remote_head) as model:
+                for sampling in samplings:
+                    generation = model.generate(PROMPT, max_new_tokens=8, speculate=False, **sampling)
+                    answers.append([token.id async for token in generation])
+                sizes = dict(model.meters.tensor_bytes)
+        assert answers[:2] == answers[2:]
+        # Hidden states have 2304 bytes a position.
+        assert sizes["drawn", "received"] == 4 * sum(map(len, answers[2:]))
+        assert ("exact", "received") not in sizes
+
+
 async def test_a_session_over_some_blocks_equals_those_blocks(open_local_swarm, reference):
     async with open_local_swarm(2) as swarm, swarm.client() as model:
         ids = model.encode(PROMPT)

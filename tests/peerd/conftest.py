@@ -46,6 +46,7 @@ from peerd.routing.failures.receipts import ReceiptBook
 from peerd.routing.failures.track_record import TrackRecord
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
+from peerd.server.served_head import ServedHead
 from peerd.server.served_spans import ServedSpan
 from peerd.server.server import Server
 from peerd.testing.fake_engine import FakeEngine, fake_forward
@@ -102,6 +103,7 @@ class Host:
             max_length=MAX_LENGTH,
             adapters=tuple(sorted(self.task.adapters)),
             client_adapters=self.server.spans[0].adapter_room.session_bytes,
+            head=self.server.spans[0].head is not None,
         )
         addresses = tuple(address.with_peer(self.peer_id) for address in self.connections.listen_addresses)
         return Offer(self.peer_id, server, addresses, sign_record(self.identity, peer))
@@ -306,6 +308,7 @@ class Swarm:
         client_adapters: int = 0,
         weight_of: Callable[[PeerId], float] = lambda _peer: 1.0,
         asks_for_receipts: bool = True,
+        head: ServedHead | None = None,
     ) -> Host:
         """A server of blocks, whose batches take `step_s`."""
         engine = engine_type(Span(start, end), hidden_size=WIDTH, kv_tokens=kv_tokens, batch_tokens=batch_tokens)
@@ -315,6 +318,7 @@ class Swarm:
             client_adapters=client_adapters,
             weight_of=weight_of,
             asks_for_receipts=asks_for_receipts,
+            head=head,
         )
 
     async def serve_engine(
@@ -325,6 +329,7 @@ class Swarm:
         client_adapters: int = 0,
         weight_of: Callable[[PeerId], float] = lambda _peer: 1.0,
         asks_for_receipts: bool = True,
+        head: ServedHead | None = None,
     ) -> Host:
         """A server with this engine, whose batches, and slices of training, take `step_s`."""
 
@@ -336,7 +341,7 @@ class Swarm:
         task, room = EngineTask(engine, run_batch=run_batch), AdapterRoom(client_adapters)
         receipts = ReceiptBook(unix_now)
         attach = partial(Server.attach, weight_of=weight_of, on_receipt=receipts.add if asks_for_receipts else None)
-        host: Host = await self._tasks.start(self._run_host, ip, identity, task, room, receipts, attach)
+        host: Host = await self._tasks.start(self._run_host, ip, identity, task, room, head, receipts, attach)
         self.hosts.append(host)
         return host
 
@@ -346,6 +351,7 @@ class Swarm:
         identity: Identity,
         task: EngineTask,
         room: AdapterRoom,
+        head: ServedHead | None,
         receipts: ReceiptBook,
         attach: Callable[[Server, Connections], None],
         task_status: trio.TaskStatus[Host],
@@ -361,7 +367,7 @@ class Swarm:
                 now=unix_now,
             ) as connections:
                 attach(server, connections)
-                server.serve(ServedSpan(MODEL, MAX_LENGTH, task, room))
+                server.serve(ServedSpan(MODEL, MAX_LENGTH, task, room, head))
                 host = Host(ip, identity, task.engine.span, server, task, connections, receipts)
                 task_status.started(host)
                 await trio.sleep_forever()

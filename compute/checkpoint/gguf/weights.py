@@ -8,7 +8,8 @@ Tensors are dequantized to fp32 in runs of rows, so that memory never holds two 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from peerd.compute.checkpoint.gguf.code_rows import GgufCodeRows, RowOrder, grid
 from peerd.compute.checkpoint.gguf.grids import GROUP
 from peerd.compute.checkpoint.gguf.header import GgufTensor
 from peerd.compute.checkpoint.gguf.split import GgufFiles
-from peerd.compute.checkpoint.weights import StoredBytes
+from peerd.compute.checkpoint.weights import ReadRows, StoredBytes
 from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.quantized.groups import CodeRows, Grid
 
@@ -95,6 +96,20 @@ class GgufWeights:
             return
         for expert in range(tensors[0].shape[0]):
             yield self._processed(parameter, tensors, expert)[0]
+
+    def rows(self, parameter: str) -> ReadRows | None:
+        tensors = self._tensors(parameter)
+        order = self._row_order(parameter, tensors)
+        if len(tensors) > 1 or len(tensors[0].shape) != 2 or order is None or order.transposed:
+            return None
+        return partial(self._read_rows, tensors[0], order.rows)
+
+    def _read_rows(self, tensor: GgufTensor, order: NDArray[np.int64], rows: Sequence[int]) -> torch.Tensor:
+        if rows and not 0 <= min(rows) <= max(rows) < len(order):
+            raise CheckpointError(f"{self._file.path}: tensor {tensor.name} has {len(order)} rows, not {max(rows) + 1}")
+        stored = [self._file.read_rows(tensor, int(order[row]), int(order[row]) + 1) for row in rows]
+        values = self._values(np.concatenate(stored), tensor) if stored else np.empty((0, tensor.shape[-1]))
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
     def grid(self, parameter: str) -> Grid | None:
         if parameter not in self._sources:
@@ -177,13 +192,18 @@ class GgufWeights:
         first = rows * (expert or 0)
         for start in range(0, rows, run):
             end = min(rows, start + run)
-            try:
-                out[start:end] = dequantize(self._file.read_rows(tensor, first + start, first + end), tensor.kind)
-            except NotImplementedError as error:
-                raise UnsupportedModelError(
-                    f"{self._file.path}: tensor {tensor.name} is stored as {tensor.kind.name}, which we do not read"
-                ) from error
+            out[start:end] = self._values(self._file.read_rows(tensor, first + start, first + end), tensor)
         return out.reshape(shape)
+
+    def _values(self, stored: NDArray[np.uint8], tensor: GgufTensor) -> NDArray[np.float32]:
+        """Rows of a tensor in fp32."""
+        try:
+            values: NDArray[np.float32] = dequantize(stored, tensor.kind)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"{self._file.path}: tensor {tensor.name} is stored as {tensor.kind.name}, which we do not read"
+            ) from error
+        return values
 
     def _are_experts(self, tensors: list[GgufTensor]) -> bool:
         """Whether each tensor holds one matrix for each expert. Raises CheckpointError if their shapes differ."""

@@ -18,6 +18,7 @@ from peerd.cli.options.shared import (
     join_options,
     joining,
     json_option,
+    remote_head_option,
     revision_option,
     sampling_options,
     speculate_option,
@@ -60,6 +61,7 @@ from peerd.cli.options.shared import (
 @sampling_options
 @speculate_option
 @draft_options
+@remote_head_option
 @json_option
 @join_options
 @verbose_option
@@ -77,6 +79,7 @@ def generate(
     any_base: bool,
     waits: bool,
     speculate: bool,
+    remote_head: bool,
     as_json: bool,
     verbose: bool,
     **options: Any,
@@ -109,6 +112,6 @@ def generate(
     from peerd.cli.generate import Request
     from peerd.cli.generate import generate as run_generate
 
-    request = Request(prompt, chat, options, adapter, speculate, draft, waits, any_base)
+    request = Request(prompt, chat, options, adapter, speculate, draft, waits, any_base, remote_head)
     work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
     run_once(ctx, work, verbose=verbose)

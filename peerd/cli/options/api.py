@@ -9,7 +9,7 @@ import click
 
 from peerd.cli.options.parsing import parse_host_name, parse_host_port, parse_named_model, parse_origin
 from peerd.cli.options.rules import ApiOptions
-from peerd.cli.options.shared import Command, draft_device_option
+from peerd.cli.options.shared import Command, draft_device_option, remote_head_option
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Offered
@@ -26,6 +26,7 @@ _OPTIONS = (
         " for several.",
     ),
     draft_device_option,
+    remote_head_option,
     click.option(
         "--client",
         is_flag=True,
@@ -124,4 +125,5 @@ def offered(api: ApiOptions, models: tuple[tuple[str | None, Path | str], ...]) 
         api.drafts,
         api.draft_device or "cpu",
         api.traces,
+        api.remote_head,
     )

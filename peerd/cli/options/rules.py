@@ -40,6 +40,7 @@ class ServingOptions:
     idle_only: bool = False
     nice: int | None = None
     gpu_share: float | None = None
+    serve_head: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class ApiOptions:
     drafts: tuple[tuple[str | None, Path | str], ...] = ()
     draft_device: str | None = None
     traces: bool = False
+    remote_head: bool = False
 
     @property
     def is_offered(self) -> bool:
@@ -138,8 +140,8 @@ RULES: tuple[Rule, ...] = (
     (
         lambda options: not options.serves and options.serving != ServingOptions(),
         "--dtype, --device, --kv-tokens, --memory, --quantize, --engine, --throughput, --adapter, --any-base,"
-        " --client-adapters, --uplink, --trainable, --look-every, --no-move, --idle-only, --nice and --gpu-share say"
-        " how to serve: add --serve-blocks",
+        " --client-adapters, --uplink, --trainable, --look-every, --no-move, --idle-only, --nice, --gpu-share and"
+        " --serve-head say how to serve: add --serve-blocks",
     ),
     (
         lambda options: (
@@ -194,6 +196,10 @@ RULES: tuple[Rule, ...] = (
     (
         lambda options: options.api.drafts and not (options.api.is_offered and options.models),
         "--draft guesses for the models that the local API offers: add --client and --model",
+    ),
+    (
+        lambda options: options.api.remote_head and not (options.api.is_offered and options.models),
+        "--remote-head is for the models that the local API offers: add --client and --model",
     ),
     (
         lambda options: options.api.traces and not options.api.is_offered,

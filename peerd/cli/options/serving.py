@@ -92,6 +92,12 @@ _OPTIONS = (
         " faster lines for long prompts and training. Default: what its connections show.",
     ),
     click.option(
+        "--serve-head/--no-serve-head",
+        default=None,
+        help="Beside the model's last block, draw tokens for clients that ask for it (--remote-head), with the model's"
+        " head, which takes memory. Default: in a private swarm, if it takes at most a 16th of the memory.",
+    ),
+    click.option(
         "--idle-only",
         is_flag=True,
         help="Serve only while nobody else uses this machine: no input for a minute, and other programs take little of"
@@ -165,6 +171,7 @@ def spec_of(options: DaemonOptions, model: Path | str, identity_file: Path) -> S
         stay=serving.stay,
         look_every_s=serving.look_every_s,
         uplink=serving.uplink,
+        head=serving.serve_head,
         share=serving.gpu_share or 1.0,
         trainable=_trainable(options, identity_file),
     )

@@ -153,6 +153,12 @@ draft_device_option = click.option(
     metavar="DEVICE",
     help="Where the model of --draft runs: cpu, cuda (the first GPU) or cuda:N. Default: cpu.",
 )
+remote_head_option = click.option(
+    "--remote-head",
+    is_flag=True,
+    help="Have the last server draw the tokens, where it offers that (--serve-head): the same tokens, with less memory"
+    " and less to receive here. That server then learns how tokens are chosen, with the seed.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 
 

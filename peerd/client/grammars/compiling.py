@@ -13,7 +13,7 @@ from peerd.client.token_bytes import TokenBytes, special_ids
 if TYPE_CHECKING:
     from peerd.client.grammars.checking import GrammarCheck
     from peerd.client.grammars.vocabulary import CompiledGrammar, Vocabulary
-    from peerd.client.head_task import HeadTask
+    from peerd.exchange.head_task import HeadTask
 
 
 class GrammarCompiler:

@@ -15,6 +15,7 @@ from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import ConnectionLost, PeerFault, StreamReset, Unresponsive
+from peerd.protocol.messages.drawing import HEAD
 from peerd.protocol.messages.session import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Opened, OpenSession
 from peerd.routing.chains.chain import Hop
 
@@ -22,16 +23,27 @@ OnMessage = Callable[["ControlStream", Message, memoryview], None]
 
 
 class ControlStream:
-    """One hop of an open chain. `number` is its name in tickets; `opened` is its answer to the `open` of `epoch`."""
+    """One hop of an open chain. `number` is its name in tickets; `opened` is its answer to the `open` of `epoch`.
+    `draws`: whether it answers with tokens.
+    """
 
     def __init__(
-        self, hop: Hop, number: int, epoch: int, stream: Stream, opened: Opened, seeds: tuple[bytes, ...] = ()
+        self,
+        hop: Hop,
+        number: int,
+        epoch: int,
+        stream: Stream,
+        opened: Opened,
+        seeds: tuple[bytes, ...] = (),
+        *,
+        draws: bool = False,
     ) -> None:
         self.hop = hop
         self.number = number
         self.epoch = epoch
         self.stream = stream
         self.opened = opened
+        self.draws = draws
         #: How many positions it has computed in answered steps, and how many of them we acknowledged.
         self.served = 0
         self.acknowledged = 0
@@ -95,7 +107,8 @@ async def open_control(connections: Connections, hop: Hop, opening: OpenSession,
         except BaseException:
             stream.reset("cancelled")
             raise
-    return ControlStream(hop, opening.hop, opening.epoch, stream, reply, opening.sketch)
+    draws = HEAD in opening.needs
+    return ControlStream(hop, opening.hop, opening.epoch, stream, reply, opening.sketch, draws=draws)
 
 
 @contextmanager

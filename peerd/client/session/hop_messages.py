@@ -89,7 +89,7 @@ class HopMessages:
             # Another hop answered it before this one replaced that hop; or the step was given up.
             return
         positions = self._log.pending[output.seq].step.positions
-        self._log.answer(output, body, self._width)
+        self._log.answer(output, body, self._width, drawn=control.draws)
         self._answered(control, positions)
         self._progress.answered(positions)
 

@@ -33,14 +33,18 @@ LEAST_SPARE: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The size of a session of one row: how many positions it may have, and how many can be cut off its end."""
+    """A session of one row: how many positions it may have, how many can be cut off its end, and whether its last hop
+    draws tokens.
+    """
 
     max_length: int
     max_rollback: int
+    head: bool = False
 
     def serves(self, needed: Shape) -> bool:
         """Whether a session of this shape serves an answer that needs another one."""
-        return self.max_length >= needed.max_length and self.max_rollback >= needed.max_rollback
+        is_large_enough = self.max_length >= needed.max_length and self.max_rollback >= needed.max_rollback
+        return is_large_enough and self.head == needed.head
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import trio
 
@@ -22,6 +24,7 @@ from peerd.protocol.errors import NoChain, Overloaded, PeerdError, UnsupportedFe
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chains.chain import Hop
+from peerd.routing.directory.directory import CACHE_S
 
 # The time for dialling and the handshake, in addition to the wait for memory. It is shorter in mid-answer, while a user
 # waits for a token.
@@ -59,6 +62,7 @@ class ChainMender:
         self._finder = tools.finder
         self._opener = tools.opener
         self._terms = spec.terms
+        self._end = spec.blocks.end
         self.candidates = Candidates(SESSION_RULES, spec.patience, tools.rng)
         self._has_answered = False
         #: What hops said of what is asked now: that it is wrong, or overflows. Others may do better; where there are
@@ -168,10 +172,18 @@ class ChainMender:
     async def _find(self, chain: LiveChain, span: Span, exclude: Collection[PeerId]) -> Sequence[Hop]:
         between = (_peer(chain.before(span.start)), _peer(chain.after(span.end))) if chain.controls else None
         terms = self._terms
-        found = await self._finder.find(
-            span, tokens=terms.tokens, exclude=exclude, adapter=terms.adapter_need, between=between
-        )
+        find = partial(self._finder.find, span, tokens=terms.tokens, adapter=terms.adapter_need, between=between)
+        found = await find(exclude=exclude)
+        if terms.head and span.end == self._end and not found.hops[-1].offer.record.head:
+            # Better another last hop, which draws tokens, than to draw them here.
+            with suppress(NoChain):
+                found = await find(exclude={*exclude, *await self._without_head()})
         return found.hops
+
+    async def _without_head(self) -> set[PeerId]:
+        """The peers that serve the last block and draw no tokens."""
+        offers = [each for each in await self._finder.offers(CACHE_S) if each.span.end == self._end]
+        return {each.peer_id for each in offers} - {each.peer_id for each in offers if each.record.head}
 
     async def _missing(self, chain: LiveChain, found: NoChain, refusal: HopRefused | None) -> PeerdError:
         """The error that names the missing blocks of all holes, with the reason if it is known."""

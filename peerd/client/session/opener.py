@@ -26,6 +26,7 @@ from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.adapters import OWN_ADAPTER
 from peerd.protocol.messages.audits import SEED_BYTES, Copy
+from peerd.protocol.messages.drawing import HEAD
 from peerd.protocol.messages.session import (
     PROGRESS_FROM_HOP,
     PROGRESS_PROTOCOL,
@@ -65,6 +66,8 @@ class Terms:
     needs: tuple[str, ...] = ()
     # Whether hops are asked for sketches of what comes to them; those that know nothing of it send none.
     are_sketched: bool = False
+    # Whether the last hop draws tokens, where it offers that.
+    head: bool = False
 
     @property
     def tokens(self) -> int:
@@ -221,6 +224,7 @@ class ChainOpener:
     def _opening(
         self, session: bytes, hop: Hop, terms: Terms, epoch: int, number: int, next_hop: NextHop | None
     ) -> OpenSession:
+        draws = terms.head and next_hop is None and hop.offer.record.head
         return OpenSession(
             session=session,
             hop=number,
@@ -237,7 +241,7 @@ class ChainOpener:
             codec=terms.codec,
             timeout_ms=terms.timeout_ms,
             adapter=terms.adapter,
-            needs=terms.needs + needs_of(within(terms.own_adapter or {}, hop.span)),
+            needs=terms.needs + needs_of(within(terms.own_adapter or {}, hop.span)) + (HEAD,) * draws,
             next=next_hop,
             sketch=(self.new_seed(),) if terms.are_sketched else (),
         )

@@ -13,6 +13,7 @@ from contextlib import suppress
 import trio
 
 from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.draw_sender import DrawSender
 from peerd.client.session.first_hop import FirstHop
 from peerd.client.session.mender import ChainMender
 from peerd.client.session.opener import ChainOpener
@@ -54,6 +55,7 @@ class Repairs:
         self._read = read
         self._report = report
         self._leave = leave
+        self._draws = DrawSender()
 
     def __repr__(self) -> str:
         return f"<Repairs of {self._progress.chain}>"
@@ -101,7 +103,14 @@ class Repairs:
         progress.is_ready = True
         progress.has_stood = True
         self._first.send_unsent()
+        self.send_draws()
         progress.started()
+
+    def send_draws(self) -> None:
+        """Tell the last hop, if it draws tokens, what to draw from the steps that were sent."""
+        last = self._progress.chain.controls[-1]
+        if last.draws:
+            self._draws.send(last, self._log.draws)
 
     async def _replace(self, hop: ControlStream, why: HopHangs | BridgeIdle) -> bool:
         """Replace an open hop without blame, if `why` still holds when the replacement is open.

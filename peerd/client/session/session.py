@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Literal
 
 import torch
 import trio
@@ -16,12 +17,14 @@ import trio
 from peerd.client.finding.finder import Patience
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.draw_sender import DrawRequest
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.step_log import OnAnswer, Pending, StepLog
 from peerd.client.session.supervisor import Supervisor
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InternalError, InvalidRequest, PeerdError
+from peerd.protocol.messages.drawing import TokenPairs
 from peerd.protocol.messages.session import Progress, Want
 from peerd.protocol.rows import Op, RowSlice
 from peerd.trio_tools import at_once
@@ -157,15 +160,42 @@ class Session:
         results = [part.outcome() for part in parts]
         return torch.cat(results) if want == "all" and len(results) > 1 else results[-1]
 
+    async def draw(
+        self,
+        hidden: torch.Tensor,
+        request: DrawRequest,
+        *,
+        row: int = 0,
+        start: int | None = None,
+        rows: Sequence[RowSlice] | None = None,
+        ops: Sequence[Op] = (),
+        want: Literal["last", "all"] = "last",
+    ) -> tuple[TokenPairs, ...] | torch.Tensor:
+        """Run new positions, as `step` does, and return a token for each that `want` names; or, where the last hop
+        draws none, their results. With `all`, the positions must fit into one step.
+        """
+        parts = await self._submit_all(hidden, self.log.slices(hidden, row, start, rows), ops, want, request)
+        for part in parts:
+            await part.done.wait()
+            part.outcome()
+        return parts[-1].drawn_or_result()
+
     async def _submit_all(
-        self, hidden: torch.Tensor, rows: tuple[RowSlice, ...], ops: Sequence[Op], want: Want
+        self,
+        hidden: torch.Tensor,
+        rows: tuple[RowSlice, ...],
+        ops: Sequence[Op],
+        want: Want,
+        draw: DrawRequest | None = None,
     ) -> list[Pending]:
         """Submit one long row in pieces, as a pipeline, and anything else as one step."""
+        if draw is None and want != "none" and self.spec.terms.head:
+            raise InvalidRequest("this session's last hop draws tokens: ask for them with `draw`")
         if not hidden.isfinite().all():
             raise InvalidRequest("hidden has values that are not finite")
         self.log.check(hidden, rows, ops)
         if len(rows) != 1 or rows[0].count <= self._supervisor.step_positions:
-            return [await self._submit(hidden, rows, ops, want)]
+            return [await self._submit(hidden, rows, ops, want, draw=draw)]
         parts: list[Pending] = []
         whole, offset = rows[0], 0
         while offset < whole.count:
@@ -175,7 +205,8 @@ class Session:
             piece = RowSlice(whole.row, whole.start + offset, count)
             wanted: Want = want if want == "all" or last else "none"
             part = hidden[offset : offset + count]
-            parts.append(await self._submit(part, (piece,), () if offset else ops, wanted, parts))
+            own = draw if last else None
+            parts.append(await self._submit(part, (piece,), () if offset else ops, wanted, parts, draw=own))
             offset += count
         return parts
 
@@ -186,6 +217,7 @@ class Session:
         ops: Sequence[Op],
         want: Want,
         before: Sequence[Pending] = (),
+        draw: DrawRequest | None = None,
     ) -> Pending:
         """Submit a step, or the next piece of one. If one of the pieces `before` it failed, raise that error."""
         while not self._closed and len(self.log.pending) >= self._supervisor.max_steps:
@@ -195,6 +227,6 @@ class Session:
         for piece in before:
             if piece.error is not None:
                 raise piece.error
-        pending = self.log.add(hidden, rows, ops, want, self._supervisor.epoch)
+        pending = self.log.add(hidden, rows, ops, want, self._supervisor.epoch, draw)
         self._supervisor.submit(pending)
         return pending

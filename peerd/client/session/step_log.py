@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import trio
 
+from peerd.client.session.draw_sender import DrawRequest
 from peerd.exchange.replay_log import ReplayLog
 from peerd.exchange.step_tensors import wanted_rows
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, RemoteProtocolError
+from peerd.protocol.messages.drawing import DRAWN, TokenPairs, unpack_drawn
 from peerd.protocol.messages.session import Output, Step, Want
 from peerd.protocol.rows import Fork, Op, RowSlice, SessionSize
 
@@ -28,8 +30,12 @@ class Pending:
     step: Step
     hidden: torch.Tensor
     rolls_back: bool
+    #: What the last hop draws from the results, if it offers that.
+    draw: DrawRequest | None = None
     done: trio.Event = field(default_factory=trio.Event)
     result: torch.Tensor | None = None
+    #: The tokens, where they came instead of a result.
+    drawn: tuple[TokenPairs, ...] | None = None
     error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
@@ -41,6 +47,10 @@ class Pending:
         if self.result is None:
             raise self.error or InternalError("a step ended without result or error")
         return self.result
+
+    def drawn_or_result(self) -> tuple[TokenPairs, ...] | torch.Tensor:
+        """The tokens that the last hop drew, or the results from which the caller draws. Raises as `outcome`."""
+        return self.outcome() if self.drawn is None else self.drawn
 
 
 OnAnswer = Callable[[Step, torch.Tensor], None]
@@ -123,14 +133,22 @@ class StepLog:
             lengths[piece.row] = piece.end
         return lengths
 
-    def add(self, hidden: torch.Tensor, rows: Sequence[RowSlice], ops: Sequence[Op], want: Want, epoch: int) -> Pending:
+    def add(
+        self,
+        hidden: torch.Tensor,
+        rows: Sequence[RowSlice],
+        ops: Sequence[Op],
+        want: Want,
+        epoch: int,
+        draw: DrawRequest | None = None,
+    ) -> Pending:
         """Add a new step to the log. Raises like `check`, and then changes nothing."""
         lengths = self.check(hidden, rows, ops)
         rolls_back = any(piece.start < self.length(piece.row) for piece in rows)
         self._lengths = lengths
         step = Step(epoch=epoch, seq=self._next_seq, rows=tuple(rows), ops=tuple(ops), want=want)
         self._next_seq += 1
-        pending = Pending(step, hidden, rolls_back)
+        pending = Pending(step, hidden, rolls_back, draw)
         self.pending[step.seq] = pending
         self.kept.add(step, hidden)
         return pending
@@ -141,8 +159,15 @@ class StepLog:
         """
         self._on_answer = on_answer
 
-    def answer(self, output: Output, body: memoryview, width: int) -> None:
-        """Take the answer to the oldest pending step. Raises BadResult or RemoteProtocolError."""
+    @property
+    def draws(self) -> list[tuple[int, DrawRequest]]:
+        """What is to be drawn from pending steps, with their numbers, in order."""
+        return [(seq, pending.draw) for seq, pending in self.pending.items() if pending.draw is not None]
+
+    def answer(self, output: Output, body: memoryview, width: int, *, drawn: bool = False) -> None:
+        """Take the answer to the oldest pending step; `drawn`: of a hop that draws. Raises BadResult or
+        RemoteProtocolError.
+        """
         oldest = next(iter(self.pending))
         if output.seq != oldest:
             raise RemoteProtocolError(f"step {output.seq} was answered before {oldest}")
@@ -150,7 +175,10 @@ class StepLog:
         rows = wanted_rows(pending.step)
         if output.rows != rows:
             raise BadResult(f"asked for {rows}, answered {output.rows}")
-        if rows:
+        if rows and drawn:
+            pending.drawn, pending.result = _decode_drawn(pending, output, body), pending.hidden[:0]
+            self._on_received(DRAWN, body)
+        elif rows:
             pending.result = decode_result(output.tensor, body, (sum(piece.count for piece in rows), width))
             assert output.tensor is not None
             self._on_received(str(output.tensor["codec"]), body)
@@ -202,6 +230,15 @@ class StepLog:
                 lengths[op.target] = op.length
             else:
                 lengths.pop(op.row, None)
+
+
+def _decode_drawn(pending: Pending, output: Output, body: memoryview) -> tuple[TokenPairs, ...]:
+    """The tokens that a hop has drawn from a step. Raises BadResult."""
+    request = pending.draw
+    if request is None or not output.drawn:
+        raise BadResult("an answer without the tokens that were to be drawn")
+    count = len(request.rows) or sum(piece.count for piece in output.rows)
+    return unpack_drawn(body, count, request.sampling.logprobs, request.vocab_size)
 
 
 def decode_result(tensor: Mapping[str, Any] | None, body: memoryview, shape: tuple[int, int]) -> torch.Tensor:

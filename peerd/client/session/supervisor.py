@@ -144,6 +144,7 @@ class Supervisor:
             self._alone = pending.step.seq
         if self.progress.is_ready:
             self._first.send(pending)
+            self._repairs.send_draws()
         else:
             self._wake()
 

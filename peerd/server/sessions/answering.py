@@ -6,7 +6,7 @@ ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import trio
@@ -19,6 +19,7 @@ from peerd.protocol.encoding.schema import Message
 from peerd.protocol.encoding.tensors import DTYPES, encode_tensor
 from peerd.protocol.errors import PeerFault, RemoteProtocolError
 from peerd.protocol.messages.audits import Sketch
+from peerd.protocol.messages.drawing import DRAWN, TokenPairs, pack_drawn
 from peerd.protocol.messages.session import Opened, OpenSession, Output, Step
 
 # A client that leaves this many answers unread is considered gone: it is several times what it may ask for at once.
@@ -96,6 +97,13 @@ class Answering:
         self._meters.sent(self._codec, body)
         output = Output(epoch=step.epoch, seq=step.seq, rows=rows, tensor=header.to_fields())
         self._send(output, body, priority_of(len(wanted)))
+
+    def answer_drawn(self, step: Step, drawn: Sequence[TokenPairs]) -> None:
+        """Queue the tokens that were drawn from a step's result. Raises BadResult."""
+        body = [memoryview(pack_drawn(drawn))]
+        self._meters.sent(DRAWN, body)
+        output = Output(epoch=step.epoch, seq=step.seq, rows=wanted_rows(step), drawn=True)
+        self._send(output, body, priority_of(len(drawn)))
 
     def _send(self, message: Message, body: tuple[()] | list[memoryview], priority: Priority) -> None:
         if self.control is None:

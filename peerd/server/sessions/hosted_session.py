@@ -31,6 +31,7 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.messages.adapters import Upload
 from peerd.protocol.messages.audits import Copy
+from peerd.protocol.messages.drawing import HEAD, Draw, Sampling
 from peerd.protocol.messages.session import (
     MAX_STEP_POSITIONS,
     REPLAY_SEQ,
@@ -46,9 +47,11 @@ from peerd.protocol.messages.session import (
 from peerd.protocol.rows import LEAST_PREFILL_POSITIONS
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
+from peerd.server.served_head import ServedHead
 from peerd.server.sessions.acknowledged import RECEIPT_EVERY, Acknowledged
 from peerd.server.sessions.answering import Answering
 from peerd.server.sessions.downstream import Downstream, OpenLink
+from peerd.server.sessions.drawing import Drawing
 from peerd.server.sessions.outlet import Outlet
 from peerd.server.sessions.own_adapter import OwnAdapter
 from peerd.server.sessions.sketching import Sketching
@@ -72,6 +75,7 @@ class HostedSession:
         open_link: OpenLink,
         adapter_room: AdapterRoom | None = None,
         receipts: Acknowledged | None = None,
+        head: ServedHead | None = None,
     ) -> None:
         self.opening = opening
         #: What the client has acknowledged; None if we want no receipts.
@@ -97,7 +101,8 @@ class HostedSession:
             self._sketching = Sketching(opening, engine.engine.hidden_size, self._dtype, self.client.tell_sketch)
         kept = ReplayLog(opening.max_length, max_positions=opening.size.positions)
         down = Downstream(opening.codec, self._dtype, kept, open_link, self.client.report, engine.meter.meters)
-        self._outlet = Outlet(opening, self.client, down, self.max_steps)
+        self._drawing = Drawing(head, opening, self.client) if head is not None and HEAD in opening.needs else None
+        self._outlet = Outlet(opening, self._drawing or self.client, down, self.max_steps)
         # Steps submitted to the engine, oldest first.
         self._pending: deque[Step] = deque()
         self._upstream = trio.CancelScope()
@@ -130,7 +135,8 @@ class HostedSession:
 
         A session whose results nobody reads is not in use, however many steps it has.
         """
-        is_worked_on = (self._pending and not self._held) or self._adapter.is_coming
+        is_drawn_from = self._drawing is not None and self._drawing.is_working
+        is_worked_on = (self._pending and not self._held) or self._adapter.is_coming or is_drawn_from
         return 0.0 if is_worked_on else trio.current_time() - self.last_used
 
     @property
@@ -174,6 +180,8 @@ class HostedSession:
             if self.opening.next is not None:
                 nursery.start_soon(self._outlet.follow, self.opening.epoch, self.opening.next, False)
             nursery.start_soon(self._hold_back)
+            if self._drawing is not None:
+                nursery.start_soon(self._drawing.run)
             await self._closed.wait()
             nursery.cancel_scope.cancel()
 
@@ -250,7 +258,15 @@ class HostedSession:
     @property
     def progress(self) -> Progress:
         """How far the session is."""
-        return Progress(taken=self.taken, done=self.done, turns=self._engine.turns)
+        unanswered = None if self._drawing is None else self._drawing.unanswered
+        done = self.done if unanswered is None else min(self.done, unanswered - 1)
+        return Progress(taken=self.taken, done=done, turns=self._engine.turns)
+
+    def draw(self, message: Sampling | Draw, body: memoryview) -> None:
+        """Take what the client says of how tokens are drawn. Raises RemoteProtocolError."""
+        if self._drawing is None:
+            raise RemoteProtocolError(f"{message.TYPE} for a hop that draws no tokens")
+        self._drawing.take(message, body)
 
     def accept_from_client(self, step: Step, body: memoryview) -> None:
         """Queue a step from the control stream. Raises RemoteProtocolError if the client sends too many."""

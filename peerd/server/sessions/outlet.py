@@ -14,25 +14,26 @@ from peerd.protocol.messages.audits import Copy
 from peerd.protocol.messages.session import REPLAY_SEQ, Bridge, NextHop, OpenSession, Route, Step
 from peerd.server.sessions.answering import Answering
 from peerd.server.sessions.downstream import Downstream
+from peerd.server.sessions.drawing import Drawing
 
 
 class Outlet:
-    """The way of one session's results. `answering` leads to the client, `down` to the next hop.
+    """The way of one session's results. `answers` leads to the client, `down` to the next hop.
 
     max_steps: how many unanswered steps the client was granted.
     """
 
-    def __init__(self, opening: OpenSession, answering: Answering, down: Downstream, max_steps: int) -> None:
+    def __init__(self, opening: OpenSession, answers: Answering | Drawing, down: Downstream, max_steps: int) -> None:
         #: The number of the newest route.
         self.epoch = opening.epoch
-        self._answering = answering
+        self._answers = answers
         self._down = down
         self._max_steps = max_steps
         self._wire_dtype = opening.dtype
         self._is_last = opening.next is None
 
     def __repr__(self) -> str:
-        return f"<Outlet epoch={self.epoch} {self._answering if self._is_last else self._down}>"
+        return f"<Outlet epoch={self.epoch} {self._answers if self._is_last else self._down}>"
 
     def begin(self, route: Route | Bridge, *, has_begun: bool) -> None:
         """Take a newer route; the caller then runs `follow` or `bridge`. Raises Superseded unless the epoch is new,
@@ -75,7 +76,7 @@ class Outlet:
                 # those.
                 self._down.kept.fold(step.seq - self._max_steps)
             elif step.seq != REPLAY_SEQ:
-                self._answering.answer(step, hidden)
+                self._answers.answer(step, hidden)
         except BadResult as error:
             # The engine's result was finite, so the wire dtype that the client chose cannot hold it.
             raise UnsupportedFeature(f"{error}: {self._wire_dtype} is too narrow for these activations") from None
@@ -83,11 +84,11 @@ class Outlet:
     @property
     def unsent(self) -> int:
         """How many results are not yet on the wire."""
-        return self._answering.unsent if self._is_last else self._down.unsent
+        return self._answers.unsent if self._is_last else self._down.unsent
 
     async def wait_unsent_at_most(self, count: int) -> None:
         """Wait until at most `count` results are unsent. Returns early if what they go to ends."""
         if self._is_last:
-            await self._answering.wait_unsent_at_most(count)
+            await self._answers.wait_unsent_at_most(count)
         else:
             await self._down.wait_unsent_at_most(count)

@@ -20,6 +20,7 @@ from peerd.protocol.errors import Evicted, InvalidRequest, Overloaded, PeerdErro
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import Loaded, Upload
 from peerd.protocol.messages.audits import Copy
+from peerd.protocol.messages.drawing import Draw, Sampling
 from peerd.protocol.messages.receipts import Acknowledge
 from peerd.protocol.messages.session import (
     CONTROL_FROM_CLIENT,
@@ -116,5 +117,7 @@ async def serve_control(stream: Stream, session: HostedSession) -> None:
             session.copy(message)
         elif isinstance(message, Acknowledge):
             session.acknowledge(message.receipt)
+        elif isinstance(message, Sampling | Draw):
+            session.draw(message, raw.body)
         else:
             raise RemoteProtocolError("a session is opened once")

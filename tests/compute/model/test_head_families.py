@@ -11,7 +11,7 @@ import torch
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.families.family import Family
 from peerd.compute.families.lookup import FAMILIES
-from peerd.compute.model.head import load_head
+from peerd.compute.model.head import Head, load_head, load_input_side, load_output_side
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 from tests.compute.tiny_families import _OWN, VARIANTS, or_skip, tiny_model
@@ -55,6 +55,8 @@ def test_a_head_may_be_tied_or_not_and_half_precision_whatever_its_family_does(t
     entering, leaving, logits = run_whole(model, family)
     with open_checkpoint(tmp_path) as checkpoint:
         head, half = load_head(checkpoint), load_head(checkpoint, dtype=torch.bfloat16)
+        first, last = Head(load_input_side(checkpoint).model, family), load_output_side(checkpoint)
+        embedded = first.embed(TOKENS)
     torch.testing.assert_close(head.embed(TOKENS), entering, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(head.logits(leaving), logits, rtol=1e-5, atol=1e-5)
     given = model.base_model.get_submodule(family.decoder_at).given
@@ -62,6 +64,11 @@ def test_a_head_may_be_tied_or_not_and_half_precision_whatever_its_family_does(t
     # Transformers never ties some, whatever their configurations say.
     ties = tied and bool(family.causal_type()._tied_weights_keys)
     assert (getattr(head.model, family.lm_head).weight is head.embedding_weight) == ties
+    # Each of its two sides alone does the same, and holds the other's matrix not at all.
+    assert torch.equal(embedded, head.embed(TOKENS))
+    assert torch.equal(last.logits(leaving), head.logits(leaving))
+    assert len(first.embedding_weight) == len(last.embedding_weight) == 0
+    assert first.vocab_size == last.vocab_size == head.vocab_size
     assert half.embed(TOKENS).dtype == torch.bfloat16
     near = half.logits(leaving)
     assert near.dtype == torch.float32

@@ -15,7 +15,7 @@ from peerd.api.models import Models
 from peerd.api.openai.answering import Answering
 from peerd.api.openai.chat_templates import MOST_OF_A_TEMPLATE, RENDER_LIMIT_S, ChatTemplates
 from peerd.api.web.history import History
-from peerd.client.sampling import Sampler
+from peerd.exchange.sampler import Sampler
 from peerd.protocol.errors import InvalidRequest
 from tests.peerd.api.conftest import ByteHead, Caller, InProcessTemplates, NoStatus
 

@@ -179,18 +179,19 @@ def test_what_a_daemon_is_told_reaches_what_it_serves_and_offers(model: str, mon
     serving = ("--serve-blocks", "auto", "--no-move", "--quantize", "int8", "--throughput", "500", "--model", model)
     client = str(Identity.generate().peer_id)
     serving += ("--uplink", "2.5MB", "--look-every", "60", "--trainable", client, "--trainable-steps", "500")
-    serving += ("--identity", f"{model}/own.key")
+    serving += ("--identity", f"{model}/own.key", "--serve-head", "--remote-head")
     result = run(*serving, "--http", "127.0.0.1:8080", "--token-file", f"{model}/token", "--socket", f"{model}/p.sock")
     assert result.exit_code == 0, result.stderr
     (daemon,) = daemons
     (spec,) = daemon.config.serve
     assert (spec.blocks, spec.stay, spec.quantize, spec.throughput) == (None, True, "int8", 500)
-    assert (spec.uplink, spec.look_every_s) == (2_500_000, 60)
+    assert (spec.uplink, spec.look_every_s, spec.head) == (2_500_000, 60, True)
     assert spec.trainable == Trainable(frozenset({client}), Path(model) / "own.state/trained", max_steps=500)
     offer = daemon.offer
     assert offer is not None
     assert (offer.http, offer.token_file) == (("127.0.0.1", 8080), Path(model) / "token")
     assert offer.socket_path == Path(model) / "p.sock"
+    assert offer.remote_head
 
 
 def test_patterns_in_place_of_a_model_reach_what_a_daemon_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +202,10 @@ def test_patterns_in_place_of_a_model_reach_what_a_daemon_serves(monkeypatch: py
 
     monkeypatch.setattr(cli_serve, "run_daemon", be)
     patterns = ("--models", "org/*", "--models", "~/models/*")
-    result = run("--serve-blocks", "auto", *patterns, "--disk", "1GB")
+    result = run("--serve-blocks", "auto", *patterns, "--disk", "1GB", "--no-serve-head")
     assert result.exit_code == 0, result.stderr
     (spec,) = daemons[0].config.serve
-    assert (spec.model, spec.among, spec.blocks) == ("", ("org/*", "~/models/*"), None)
+    assert (spec.model, spec.among, spec.blocks, spec.head) == ("", ("org/*", "~/models/*"), None, False)
     assert daemons[0].disk_bytes == 10**9
 
 

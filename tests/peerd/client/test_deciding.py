@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peerd.client.sampling import Sampler, SamplingParams
+from peerd.client.sampling import SamplingParams
 from peerd.compute.model.lm_head import product
 from peerd.compute.model.shortlist import Shortlist
+from peerd.exchange.sampler import Sampler
 
 PARAMS = {
     "greedy": SamplingParams(),

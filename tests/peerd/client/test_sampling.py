@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from peerd.client.sampling import DEFAULT_MAX_NEW_TOKENS, DEFAULT_TOP_K, Sampler, SamplingParams, draw
+from peerd.client.sampling import DEFAULT_MAX_NEW_TOKENS, DEFAULT_TOP_K, SamplingParams
+from peerd.exchange.sampler import Sampler, draw
 from peerd.protocol.errors import BadResult
 
 VOCABULARY = 40

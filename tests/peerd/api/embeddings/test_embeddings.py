@@ -15,10 +15,10 @@ import trio
 from transformers import AutoModel
 
 from peerd.api.embeddings import endpoints, pooling
-from peerd.client.head_task import HeadTask
 from peerd.client.model import ModelFacts, SwarmModel
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.model.head import load_head
+from peerd.exchange.head_task import HeadTask
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import fake_forward
 from tests.fakes.api_fixture import TOKEN, openai_client

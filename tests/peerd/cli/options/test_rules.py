@@ -53,6 +53,8 @@ BROKEN = [
     ({"api": ApiOptions(client=True, drafts=(ONE,))}, "--draft guesses"),
     ({"serve_blocks": 4, "models": (ONE,), "api": ApiOptions(drafts=(TWO,))}, "--draft guesses"),
     ({"listen": HERE, "api": ApiOptions(traces=True)}, "--traces"),
+    ({"api": ApiOptions(client=True, remote_head=True)}, "--remote-head"),
+    ({"api": CLIENT, "serving": ServingOptions(serve_head=True)}, "--dtype"),
     ({"api": ApiOptions(client=True, draft_device="cuda"), "models": (ONE,)}, "--draft-device is"),
     ({"api": ApiOptions(client=True, drafts=(ONE,)), "models": (ONE, TWO)}, "--draft must"),
     ({"api": ApiOptions(client=True, drafts=(ONE, TWO)), "models": (ONE,)}, "two of --draft"),

@@ -6,13 +6,14 @@ for one. The head runs in a worker thread, so that a large vocabulary does not b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import trio
 
+from peerd.compute.errors import CheckpointError
 from peerd.compute.model.head import Head
 from peerd.protocol.errors import InvalidRequest
 
@@ -25,13 +26,24 @@ class _Request:
     most: int | None
     done: trio.Event = field(default_factory=trio.Event)
     logits: torch.Tensor | None = None
+    error: CheckpointError | None = None
 
 
 class HeadTask:
-    """Computes embeddings and logits of one model. `run` owns the thread."""
+    """Computes embeddings and logits of one model. `run` owns the thread.
 
-    def __init__(self, head: Head) -> None:
+    load_output: reads the part that computes logits when it is first needed, if `head` lacks it. It runs in the thread,
+        and may raise CheckpointError.
+    positions_at_once: of how many positions logits may be computed at the same time, if no request has more; None: any.
+    """
+
+    def __init__(
+        self, head: Head, *, load_output: Callable[[], Head] | None = None, positions_at_once: int | None = None
+    ) -> None:
         self._head = head
+        self._load_output = load_output
+        self._output = head if load_output is None else None
+        self._positions_at_once = positions_at_once
         self._requests: list[_Request] = []
         self._work = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
@@ -56,21 +68,33 @@ class HeadTask:
         return self._head.embed(torch.tensor(token_ids, dtype=torch.long), positions)
 
     async def logits(self, hidden: torch.Tensor, most: int | None = None) -> torch.Tensor:
-        """Turn `[n, width]` into float32 logits, `[n, vocabulary]`. `most`: see `Head.logits`."""
+        """Turn `[n, width]` into float32 logits, `[n, vocabulary]`. `most`: see `Head.logits`.
+
+        Raises CheckpointError if they need a part of the head that cannot be read.
+        """
         request = _Request(hidden, most)
         self._requests.append(request)
         self._work.set()
         await request.done.wait()
+        if request.error is not None:
+            raise request.error
         assert request.logits is not None
         return request.logits
 
     async def last_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn the last block's output, `[n, width]`, into the decoder's; see `Head.last_hidden`."""
-        return await trio.to_thread.run_sync(self._head.last_hidden, hidden, limiter=self._limiter)
+        return await trio.to_thread.run_sync(lambda: self._output_head().last_hidden(hidden), limiter=self._limiter)
 
     async def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The mean loss of predicting `targets`, `[n]`, from `[n, width]`, and its gradient; see `Head.loss`."""
-        return await trio.to_thread.run_sync(self._head.loss, hidden, targets, limiter=self._limiter)
+        return await trio.to_thread.run_sync(lambda: self._output_head().loss(hidden, targets), limiter=self._limiter)
+
+    def _output_head(self) -> Head:
+        """What computes logits. Blocks the first time."""
+        if self._output is None:
+            assert self._load_output is not None
+            self._output = self._load_output()
+        return self._output
 
     async def in_thread(
         self, function: Callable[..., T], *arguments: object, limiter: trio.CapacityLimiter | None = None
@@ -84,16 +108,35 @@ class HeadTask:
             await self._work.wait()
             self._work = trio.Event()
             requests, self._requests = self._requests, []
-            await self._compute([request for request in requests if request.most is not None])
-            await self._compute([request for request in requests if request.most is None])
+            for is_best in (True, False):
+                for batch in self._batches([each for each in requests if (each.most is not None) is is_best]):
+                    await self._compute(batch)
+
+    def _batches(self, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
+        """The requests in their order, as many at a time as may be computed together."""
+        most = self._positions_at_once
+        batch: list[_Request] = []
+        for request in requests:
+            if most is not None and batch and sum(len(each.hidden) for each in (*batch, request)) > most:
+                yield batch
+                batch = []
+            batch.append(request)
+        if batch:
+            yield batch
 
     async def _compute(self, requests: Sequence[_Request]) -> None:
         """Compute requests that all want either the best logits or all."""
-        if not requests:
-            return
         hidden = torch.cat([request.hidden for request in requests])
         most = max((request.most for request in requests if request.most is not None), default=None)
-        logits = await trio.to_thread.run_sync(self._head.logits, hidden, most, limiter=self._limiter)
+        try:
+            logits = await trio.to_thread.run_sync(
+                lambda: self._output_head().logits(hidden, most), limiter=self._limiter
+            )
+        except CheckpointError as error:
+            for request in requests:
+                request.error = error
+                request.done.set()
+            return
         for request, part in zip(requests, torch.split(logits, [len(r.hidden) for r in requests]), strict=True):
             request.logits = part
             request.done.set()

@@ -7,7 +7,7 @@ import torch
 import trio
 import trio.testing
 
-from peerd.client.head_task import HeadTask
+from peerd.exchange.head_task import HeadTask
 from peerd.protocol.errors import InvalidRequest
 
 
