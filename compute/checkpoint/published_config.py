@@ -30,6 +30,10 @@ _LENGTHENING = ("yarn", "dynamic", "linear")
 
 def text_config(published: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of a configuration that also describes, say, a vision tower."""
+    if isinstance(thinker := published.get("thinker_config"), dict):
+        # Of a model that also speaks: the thinker hears, sees and writes.
+        outer = {name: published[name] for name in (*_QUANTIZATION_FIELDS, *_DTYPE_FIELDS) if published.get(name)}
+        return text_config(thinker | outer)
     text = published.get("text_config")
     if not isinstance(text, dict) and f"{published.get('model_type')}_text" in FAMILIES:
         # The first Qwen-VL models have the fields of both parts side by side.

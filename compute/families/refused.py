@@ -109,7 +109,9 @@ REFUSED: Mapping[str, str] = MappingProxyType({name: reason for reason, names in
 
 _REMOTE_CODE = "its code comes with its files, which peerd does not run, and Transformers has none of its own"
 _UNTRIED = "its blocks have not been tried with peerd yet, although Transformers has them"
-_THINKER = "its language model lies inside a thinker, beside parts that speak, which peerd does not take apart"
+_CHOSEN = "its blocks share KV caches, and the positions that sparse attention has chosen"
+_TWO_TABLES = "its embeddings are stored in two tables, and its decoder itself lists the ropes of its blocks"
+_OUTER_HEAD = "its logits are scaled or capped by the model around its decoder, which peerd does not take apart"
 
 NOT_SERVED: Mapping[str, str] = MappingProxyType(
     {
@@ -130,24 +132,17 @@ NOT_SERVED: Mapping[str, str] = MappingProxyType(
                     "telechat2",
                 ),
             ),
-            (_THINKER, ("qwen2_5_omni", "qwen3_omni_moe")),
+            (_STREAMS, ("glm5_next", "glm5_next_text", "hy_v4_vl", "hy_v4_vl_text")),
+            (_CHOSEN, ("mistral_large4", "mistral_large4_text")),
+            (_TWO_TABLES, ("molmo2", "molmo2_text")),
+            (_OUTER_HEAD, ("granite_docling", "granite_docling_text", "muse_glimmer", "muse_glimmer_text")),
             (
                 _UNTRIED,
                 (
                     "diffusion_gemma",
                     "ernie4_5_vl_moe_text",
-                    "glm5_next",
-                    "glm5_next_text",
-                    "granite_docling",
                     "hunyuan_vl",
                     "hunyuan_vl_text",
-                    "hy_v4_vl",
-                    "hy_v4_vl_text",
-                    "mistral_large4",
-                    "mistral_large4_text",
-                    "molmo2",
-                    "molmo2_text",
-                    "muse_glimmer",
                     "muse_spark",
                     "nemotron_h_omni",
                     "step3p5",

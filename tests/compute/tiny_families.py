@@ -238,6 +238,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 4, "mlp_only_layers": [1, 5]},
     "qwen2_vl_text": {"use_sliding_window": True, "max_window_layers": 4, **_NARROW},
     "qwen2_5_vl_text": {"use_sliding_window": True, "max_window_layers": 4, **_NARROW},
+    "qwen2_5_omni_text": {"use_sliding_window": True, "max_window_layers": 4, **_NARROW},
+    "qwen3_omni_moe_text": {**_AXIAL, "mlp_only_layers": [1, 5]},
     "qwen3_vl_text": _AXIAL,
     "qwen3_vl_moe_text": {**_AXIAL, "mlp_only_layers": [1, 5]},
     "sarvam_mla": {**_LATENT, "first_k_dense_replace": 1},

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
 from peerd.compute.errors import CheckpointError, UnsupportedModelError
+from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
+from tests.compute.tiny_families import tiny_model
 
 TinyCheckpoint = Callable[[str], Path]
 
@@ -113,6 +115,29 @@ def test_a_missing_expert_is_named(tiny_checkpoint: TinyCheckpoint, tmp_path: Pa
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers\.5\.mlp\.experts\.gate_up_proj is incomplete: expert 2"):
         open_checkpoint(tmp_path)
+
+
+def test_the_thinker_of_a_model_that_speaks_is_found(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "thinker"
+    tiny_model(FAMILIES["qwen2_5_omni_text"]).save_pretrained(source)
+    thinker = {"text_config": json.loads((source / "config.json").read_text()), "model_type": "qwen2_5_omni_thinker"}
+    whole = {"model_type": "qwen2_5_omni", "thinker_config": thinker, "talker_config": {}, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    tensors["thinker.lm_head.weight"] = torch.ones(96, 32)
+    spoken = {"talker.model.layers.0.mlp.down_proj.weight": torch.zeros(2, 2)}
+    save_file(tensors | spoken, tmp_path / "model.safetensors")
+    with open_checkpoint(source) as alone, open_checkpoint(tmp_path) as inside:
+        assert inside.dtype == torch.bfloat16
+        assert inside.names_of_block(3) == alone.names_of_block(3)
+        for (name, first), (_, second) in zip(
+            *(each.read(alone.names_of_block(3)) for each in (alone, inside)), strict=True
+        ):
+            assert torch.equal(first, second), name
+        assert not alone.has("lm_head.weight")
+        assert inside.has("lm_head.weight")
 
 
 def test_the_language_part_of_a_larger_model_is_found(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
