@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +56,21 @@ class Checkpoints:
         hub = self.settings
         with await trio.to_thread.run_sync(open_it, abandon_on_cancel=True) as checkpoint:
             yield checkpoint
+
+    @asynccontextmanager
+    async def open_draft_head(self, source: str | Path) -> AsyncIterator[Path | None]:
+        """The folder of a draft head, from this machine or the hub; None if `source` is a model. Raises
+        CheckpointError.
+        """
+        hub, opened = self.settings, ExitStack()
+
+        def open_it() -> Path | None:
+            from peerd.compute.drafting.files import open_draft_folder
+
+            return opened.enter_context(open_draft_folder(source, hub))
+
+        with opened:
+            yield await trio.to_thread.run_sync(open_it)
 
     @property
     def settings(self) -> HubSettings:

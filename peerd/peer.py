@@ -147,13 +147,14 @@ class Peer:
         """A model whose blocks the swarm serves. Its head comes from `path`: a path or hub id, `org/name` or
         `org/name@revision`.
 
-        draft: a small model with the same tokenizer, as `path`. It is loaded whole onto `draft_device` of this machine,
-            and guesses tokens for answers of one row; the tokens are the same.
+        draft: a small model with the same tokenizer, or a head that `peerd train-draft` made, as `path`. It is loaded
+            whole onto `draft_device` of this machine, and guesses tokens for answers of one row; the tokens are the
+            same.
         remote_head: have the last server draw the tokens, where it offers that; the tokens are the same. The matrix of
             the vocabulary is then not held here, unless an answer needs it.
 
         Waits at most a second for the delays to the servers. Raises CheckpointError, and InvalidRequest for a draft
-        model with another tokenizer.
+        model with another tokenizer, or a head for a model of other sizes.
         """
         await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
         from peerd.client.open_model import open_model
@@ -170,9 +171,16 @@ class Peer:
 
     @asynccontextmanager
     async def drafting(self, model: SwarmModel, draft: str | Path, *, device: str = "cpu") -> AsyncIterator[None]:
-        """Let a small model guess tokens for the answers of `model` that begin in the block; see `model`."""
-        from peerd.client.open_model import open_drafting
+        """Let a small model or a draft head guess tokens for the answers of `model` that begin in the block; see
+        `model`.
+        """
+        from peerd.client.open_model import drafting_head, open_drafting
 
+        async with self.checkpoints.open_draft_head(draft) as folder:
+            if folder is not None:
+                async with drafting_head(model, folder, device):
+                    yield
+                return
         async with self.checkpoints.open(draft) as checkpoint, open_drafting(model, checkpoint, device):
             yield
 

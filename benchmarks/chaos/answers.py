@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,6 +21,9 @@ import trio
 from peerd.client.decoding import Decoding
 from peerd.client.model import SwarmModel
 from peerd.client.sampling import SamplingParams
+from peerd.client.speculation.controller import Controller
+from peerd.client.speculation.drafts import Draft
+from peerd.client.speculation.speculation import Speculation
 from peerd.exchange.sampler import Sampler, draw
 from peerd.protocol.errors import PeerdError
 
@@ -28,6 +32,8 @@ from peerd.protocol.errors import PeerdError
 DECISIVE_MARGIN = 1e-3
 PROMPT_TOKENS = (16, 64)
 ANSWER_TOKENS = (48, 144)
+# Guesses of a window. A whole one would mostly be wrong, and slow its neighbours down.
+_EAGER_GUESSES = 5
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,12 @@ class Answer:
         return [hop.peer for hop in session.chain] if session is not None and self.ended is None else []
 
     @property
+    def guesses(self) -> tuple[int, int]:
+        """How many guesses were sent, and how many of them were right."""
+        told = self.decoding.speculator
+        return (0, 0) if told is None else (told.drafted, told.accepted)
+
+    @property
     def held(self) -> int:
         """The positions that every hop of its chain has cached now: all but the last token."""
         return len(self.prompt) + len(self.token_ids) - 1 if self.token_ids else 0
@@ -85,8 +97,36 @@ class Answer:
         self.counts.append(self.total)
 
 
+class Memory:
+    """Guesses that an answer will be the one that there was before, and errs at every fourth position or so."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self._text = text
+
+    def propose(self, text: Sequence[int], count: int) -> Draft:
+        """As every `Drafter`."""
+        ahead = range(len(text), min(len(text) + count, len(self._text)))
+        return Draft(tuple(self._text[at if Random(at).random() > 0.25 else at - 1] for at in ahead))
+
+
+class Eager(Controller):
+    """Sends guesses with every step and behind every step, whatever that costs."""
+
+    def choose(self, chances: Sequence[Sequence[float]]) -> list[int]:
+        """As many as fit into a short step."""
+        return [min(len(row), _EAGER_GUESSES) for row in chances]
+
+    def behind(self, chances: Sequence[float]) -> int:
+        """As many again."""
+        return min(len(chances), _EAGER_GUESSES)
+
+
 class Asker:
-    """Asks in one session after another without pause: greedy and sampled in turn, prompts and lengths at random."""
+    """Asks in one session after another without pause: greedy and sampled in turn, prompts and lengths at random.
+
+    Every second pair of askers asks everything twice, and guesses tokens the second time, so that peers die beneath
+    windows that are on their way.
+    """
 
     def __init__(self, model: SwarmModel, text: Sequence[int], number: int, seed: int) -> None:
         self.answers: list[Answer] = []
@@ -94,6 +134,7 @@ class Asker:
         self._text = text
         self._random = Random(f"{seed} {number}")
         self._sampled = number % 2 == 1
+        self._asks_twice = number % 4 >= 2
 
     @property
     def now(self) -> Answer | None:
@@ -115,6 +156,9 @@ class Asker:
                 answer.ended = trio.current_time()
 
     def _next(self, limit: int | None) -> Answer:
+        last = self.answers[-1] if self.answers else None
+        if self._asks_twice and last is not None and last.error is None and last.decoding.speculator is None:
+            return self._again(last)
         count = self._random.randint(*PROMPT_TOKENS)
         start = self._random.randrange(len(self._text) - count)
         prompt = list(self._text[start : start + count])
@@ -124,6 +168,12 @@ class Asker:
         tokens = self._random.randint(*ANSWER_TOKENS)
         params = SamplingParams(max_new_tokens=min(tokens, limit or tokens), **sampling)
         return Answer(prompt, params, trio.current_time(), Decoding(self._model, prompt, params))
+
+    def _again(self, last: Answer) -> Answer:
+        """The same question once more, with guesses."""
+        speculation = Speculation(partial(Memory, [*last.prompt, *last.token_ids]), controller=Eager)
+        decoding = Decoding(self._model, last.prompt, last.params, speculation=speculation)
+        return Answer(last.prompt, last.params, trio.current_time(), decoding)
 
     async def _run(self, answer: Answer) -> None:
         tokens = answer.decoding.tokens()

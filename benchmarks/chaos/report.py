@@ -177,6 +177,7 @@ def as_json(run: Run) -> dict[str, Any]:
     lost = [one for one in run.struck if one.lost]
     totals = [answer.total for answer in run.answers]
     tokens = sum(len(answer.token_ids) for answer in run.answers)
+    guesses = [answer.guesses for answer in run.answers]
     restarts = [each for each in run.disturbances if each.served_after_s is not None]
     return {
         "disturbances": [_disturbance(each, run.usual_s) for each in run.disturbances],
@@ -197,6 +198,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "chained_after_s": _spread([each.chained_after_s for each in restarts if each.chained_after_s is not None]),
         "answers": len(run.answers),
         "tokens": tokens,
+        "guesses": {"sent": sum(sent for sent, _ in guesses), "right": sum(right for _, right in guesses)},
         "compared": {
             "tokens": run.verdict.tokens,
             "sampled": run.verdict.sampled,
@@ -247,6 +249,7 @@ def show(run: Run, console: Console) -> None:
         "started again: used after": _seconds(found["chained_after_s"]),
         "compared with local Transformers": f"{found['answers']} answers, {run.verdict.tokens} tokens"
         f" ({run.verdict.sampled} sampled), {len(run.verdict.wrong)} wrong, {run.verdict.near_ties} near ties",
+        "guesses sent / right": f"{found['guesses']['sent']} / {found['guesses']['right']}",
         "errors with an excuse": f"{len(run.excused)}",
     }
     for name, value in rows.items():

@@ -1,12 +1,12 @@
 """`make bench-speculation`: answers with and without guessed tokens over slow links, and the same tokens each time.
 
-Real processes run on loopback: a client and three servers, which hold the demonstration's model between them, with a
-delaying proxy before each (as `make bench-delayed`). Texts: a story (nothing repeats), a program, and one that copies
-its prompt. Guesses come from the text itself; and, to see what the mechanism loses, from somebody who knows the answer
-and errs on purpose, beside the bound of Leviathan et al. (arXiv 2211.17192) with the step times measured in that run.
+First in virtual time (`benchmarks/simulated/speculation_tables.py`): guesses of known quality beside the formula's
+bound, recorded texts, and many sessions that share the servers. Then with real processes on loopback: a client and
+three servers, which hold the demonstration's model between them, with a delaying proxy before each (as `make
+bench-delayed`). Plain and guessed answers take turns until the mean of their ratios is known to a hundredth, or for
+`--seconds` a case. With `--draft` a head or a small model guesses too.
 
-Plain and guessed answers take turns. Figures are medians of the ratios of two neighbours. The least ratio of all cases
-shows whether guessing ever loses.
+With `--output` each case is written when it is done, and those that the file has already are not run again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
+import math
 import statistics
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,23 +28,25 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality import TEXT
-from benchmarks.swarms.delayed_swarm import open_delayed_swarm
+from benchmarks.simulated.speculation_tables import Row, oracle_rows, text_rows
+from benchmarks.swarms.delayed_swarm import DelayedSwarm, open_delayed_swarm
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 from peerd.client.generation import Generation
 from peerd.client.model import SwarmModel
-from peerd.client.speculation.drafts import Draft
-from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation
-from peerd.client.speculation.step_times import StepTimes
+from peerd.client.speculation.speculation import Speculation
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 
 SERVERS = 3
 BLOCKS = 30
-RTTS_MS = (10.0, 25.0, 100.0)
+SIMULATED_RTTS_MS = (0.0, 10.0, 25.0, 100.0)
+RTTS_MS = (10.0, 100.0)
 SESSIONS = (1, 4, 16)
-SHARES = (0.5, 0.7, 0.9)
 GOAL = 0.98
+# The mean ratio is known well enough when its standard error is this small, and after this many pairs.
+NOISE = 0.008
+LEAST_PAIRS = 4
 
 
 def texts() -> dict[str, str]:
@@ -60,167 +61,200 @@ def texts() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Figure:
-    """One case: tokens a second of all its sessions together, plain and with guesses, and the median of the ratios.
-
-    bound: for guesses of known quality, the gain of the best fixed number of guesses by the formula.
+    """One case on real processes: tokens a second, plain and with guesses, and the mean of the pairs' ratios with its
+    standard error.
     """
 
-    case: str
+    text: str
     rtt_ms: float
-    sessions: int
     plain: float
     guessed: float
     ratio: float
+    error: float
+    pairs: int
     drafted: int
     accepted: int
-    bound: float | None = None
 
 
-class Foresight:
-    """Guesses from a known answer, each right with a set probability."""
+class Kept:
+    """The rows that are done, in a file if there is one, so that a run that was ended goes on where it was."""
 
-    def __init__(self, answer: Sequence[int], prompt: int, right: float) -> None:
-        self._answer = answer
-        self._prompt = prompt
-        self._right = right
-        self._random = random.Random(3)
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.rows: dict[str, dict[str, object]] = {}
+        if path is not None and path.exists():
+            self.rows = json.loads(path.read_text())
 
-    def propose(self, text: Sequence[int], count: int) -> Draft:
-        ahead = self._answer[len(text) - self._prompt :][:count]
-        # A wrong guess is a token that the answer does not have there.
-        return Draft(tuple(token if self._random.random() < self._right else token ^ 1 for token in ahead))
+    def add(self, row: Row | Figure) -> None:
+        """Keep a row."""
+        self.rows[key_of(row)] = asdict(row)
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+    def of(self, kind: type[Row] | type[Figure]) -> list[dict[str, object]]:
+        """The rows of one kind."""
+        return [row for key, row in self.rows.items() if key.startswith(kind.__name__)]
 
 
-def bound(share: float, times: StepTimes) -> float:
-    """The expected gain of the best fixed number of guesses, each right with probability `share`."""
-    return max(sum(share**n for n in range(count + 1)) / times.ratio(count) for count in range(MOST_DRAFTED + 1))
+def key_of(row: Row | Figure) -> str:
+    """What a row is of."""
+    sessions = row.sessions if isinstance(row, Row) else 1
+    return f"{type(row).__name__} {row.text} {row.rtt_ms:g} {sessions}"
 
 
-async def together(model: SwarmModel, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[Generation]]:
-    """Tokens a second of all answers together, from the moment when all have their first token."""
-    began: list[float] = []
-    ready = trio.Event()
+def simulate(kept: Kept, rtts: Sequence[float], sessions: Sequence[int], console: Console) -> None:
+    """The tables in virtual time."""
+    if kept.of(Row):
+        return
+    found = list[Row]()
+    for row in itertools.chain(oracle_rows(rtts), text_rows(rtts, sessions)):
+        console.log(f"simulated: {row.text}, {row.rtt_ms:g} ms, {row.sessions} sessions: {row.ratio:.3f}")
+        found.append(row)
+    for row in found:
+        kept.add(row)
 
-    async def one(generation: Generation) -> None:
-        async for _ in generation:
-            if len(generation.token_ids) == 1:
-                began.append(trio.current_time())
-                if len(began) == len(prompts):
-                    ready.set()
-                await ready.wait()
 
-    answers = [model.generate(prompt, temperature=0.0, max_new_tokens=tokens, eos_token_ids=()) for prompt in prompts]
-    async with trio.open_nursery() as nursery:
-        for answer in answers:
-            nursery.start_soon(one, answer)
-    return len(prompts) * (tokens - 1) / (trio.current_time() - max(began)), answers
+async def answer(model: SwarmModel, prompt: Sequence[int], tokens: int) -> Generation:
+    """One greedy answer."""
+    generation = model.generate(prompt, temperature=0.0, max_new_tokens=tokens, eos_token_ids=())
+    async for _ in generation:
+        pass
+    return generation
+
+
+async def pair(
+    model: SwarmModel, prompt: Sequence[int], tokens: int, speculation: Speculation, *, plain_first: bool
+) -> tuple[Generation, Generation]:
+    """A plain answer and a guessed one, in this order or the other, so that a drift of the machine cancels out."""
+    found = dict[bool, Generation]()
+    for plain in (plain_first, not plain_first):
+        model.speculation = None if plain else speculation
+        found[plain] = await answer(model, prompt, tokens)
+    assert found[True].token_ids == found[False].token_ids, "guessing changed a token"
+    return found[True], found[False]
 
 
 async def compare(
-    model: SwarmModel, prompts: Sequence[Sequence[int]], tokens: int, rounds: int, speculation: Speculation
-) -> tuple[list[float], list[float], list[Generation]]:
+    model: SwarmModel, text: str, rtt_ms: float, tokens: int, seconds: float, speculation: Speculation
+) -> Figure:
     """Plain and guessed in turn. The first pair is warm-up: it measures what steps cost."""
-    plain, guessed = [], []
-    for _ in range(rounds + 1):
-        model.speculation = None
-        rate, expected = await together(model, prompts, tokens)
-        plain.append(rate)
-        model.speculation = speculation
-        rate, answers = await together(model, prompts, tokens)
-        guessed.append(rate)
-        for answer, other in zip(answers, expected, strict=True):
-            assert answer.token_ids == other.token_ids, "guessing changed a token"
-    return plain[1:], guessed[1:], answers
-
-
-def figure(case: str, rtt_ms: float, found: tuple[list[float], list[float], list[Generation]]) -> Figure:
-    plain, guessed, answers = found
+    prompt = model.encode(texts()[text], chat=True)
+    await pair(model, prompt, tokens, speculation, plain_first=True)
+    pairs, until = list[tuple[Generation, Generation]](), trio.current_time() + seconds
+    ratios = list[float]()
+    while len(pairs) < LEAST_PAIRS or (trio.current_time() < until and error_of(ratios) > NOISE):
+        pairs.append(await pair(model, prompt, tokens, speculation, plain_first=len(pairs) % 2 == 0))
+        ratios = [rate(guessed) / rate(plain) for plain, guessed in pairs]
+    plain, guessed = (statistics.median(map(rate, side)) for side in zip(*pairs, strict=True))
+    last = pairs[-1][1]
+    mean = statistics.geometric_mean(ratios)
     return Figure(
-        case,
-        rtt_ms,
-        len(answers),
-        statistics.median(plain),
-        statistics.median(guessed),
-        statistics.median(two / one for one, two in zip(plain, guessed, strict=True)),
-        sum(answer.drafted for answer in answers),
-        sum(answer.accepted for answer in answers),
-    )
-
-
-async def measure(chosen: argparse.Namespace, console: Console) -> list[Figure]:
-    figures: list[Figure] = []
-    path = demo_model_path()
-    async with (
-        open_peer_processes(threads=1) as processes,
-        open_delayed_swarm(processes, path, even_spans(BLOCKS, SERVERS)) as swarm,
-        open_peer(bootstrap=[swarm.bootstrap.address]) as peer,
-        peer.model(path) as model,
-    ):
-        prompts = {case: model.encode(text, chat=True) for case, text in texts().items()}
-        for rtt_ms, (case, prompt), sessions in itertools.product(chosen.rtts, prompts.items(), chosen.sessions):
-            await swarm.proxies.set_rtt(rtt_ms)
-            # Sessions that differ from their first token on.
-            each = [[*model.encode(f"{number}. "), *prompt] for number in range(sessions)]
-            tokens = max(24, chosen.tokens // sessions)
-            found = figure(case, rtt_ms, await compare(model, each, tokens, chosen.rounds, Speculation()))
-            console.log(found)
-            figures.append(found)
-        for rtt_ms, share in itertools.product(chosen.rtts if chosen.oracle else (), SHARES):
-            await swarm.proxies.set_rtt(rtt_ms)
-            prompt = prompts["story"]
-            model.speculation = None
-            _, [answer] = await together(model, [prompt], chosen.tokens)
-            known = Speculation(partial(Foresight, answer.token_ids, len(prompt), share))
-            found = figure(
-                f"known, {share:g}", rtt_ms, await compare(model, [prompt], chosen.tokens, chosen.rounds, known)
-            )
-            figures.append(Figure(**{**asdict(found), "bound": bound(share, known.times)}))
-            console.log(figures[-1])
-    return figures
-
-
-def show(figures: Sequence[Figure], console: Console) -> None:
-    table = Table(
-        "text", "round trip", "sessions", "plain, tokens/s", "guessed", "ratio", "bound", "right / sent",
-        title=f"SmolLM2-135M-Instruct, fp32, {SERVERS} servers, one thread a process",
+        text, rtt_ms, plain, guessed, mean, error_of(ratios), len(pairs), last.drafted, last.accepted
     )  # fmt: skip
+
+
+def rate(generation: Generation) -> float:
+    """Tokens a second after the first one."""
+    found = generation.tokens_per_second
+    assert found is not None
+    return found
+
+
+def error_of(ratios: Sequence[float]) -> float:
+    """The standard error of their mean, as a share of it."""
+    if len(ratios) < 2:
+        return math.inf
+    return statistics.stdev(map(math.log, ratios)) / math.sqrt(len(ratios))
+
+
+async def measure(kept: Kept, chosen: argparse.Namespace, console: Console) -> None:
+    """The cases on real processes."""
+    path = demo_model_path()
+    async with AsyncExitStack() as stack:
+        processes = await stack.enter_async_context(open_peer_processes(threads=1))
+        swarm = await stack.enter_async_context(open_delayed_swarm(processes, path, even_spans(BLOCKS, SERVERS)))
+        peer = await stack.enter_async_context(open_peer(bootstrap=[swarm.bootstrap.address]))
+        model = await stack.enter_async_context(peer.model(path))
+        await run_cases(kept, chosen, console, swarm, model, "")
+        if chosen.draft is not None:
+            await stack.enter_async_context(peer.drafting(model, chosen.draft))
+            await run_cases(kept, chosen, console, swarm, model, " and a drafter")
+
+
+async def run_cases(
+    kept: Kept, chosen: argparse.Namespace, console: Console, swarm: DelayedSwarm, model: SwarmModel, by: str
+) -> None:
+    """Each text at each round trip, with the text's own guesses, or also a drafter's."""
+    source = None if model.speculation is None else model.speculation.model
+    for rtt_ms, text in cases(chosen.rtts, by):
+        wanted = Figure(f"{text}{by}", rtt_ms, 0, 0, 0, 0, 0, 0, 0)
+        if key_of(wanted) in kept.rows:
+            continue
+        await swarm.proxies.set_rtt(rtt_ms)
+        found = await compare(model, text, rtt_ms, chosen.tokens, chosen.seconds, Speculation(model=source))
+        kept.add(Figure(**{**asdict(found), "text": wanted.text}))
+        console.log(found)
+    model.speculation = Speculation(model=source)
+
+
+def cases(rtts: Sequence[float], by: str) -> Iterator[tuple[float, str]]:
+    """A drafter is for what does not repeat itself."""
+    for rtt_ms, text in itertools.product(rtts, texts()):
+        if not by or text != "copy":
+            yield rtt_ms, text
+
+
+def show(kept: Kept, console: Console) -> None:
+    """Print the tables, and the least ratio of each."""
+    rows = [Row(**row) for row in kept.of(Row)]  # type: ignore[arg-type]
+    figures = [Figure(**row) for row in kept.of(Figure)]  # type: ignore[arg-type]
+    head = ("text", "round trip", "sessions", "plain, tokens/s", "guessed", "ratio", "bound", "right / sent")
+    table = Table(*head, title="simulated")
+    for row in rows:
+        shown = f"{row.bound:.2f} ({row.ratio / row.bound:.2f} of it)" if row.bound else ""
+        table.add_row(
+            row.text, f"{row.rtt_ms:g} ms", f"{row.sessions}", f"{row.plain:.2f}", f"{row.guessed:.2f}",
+            f"{row.ratio:.3f}", shown, f"{row.accepted} / {row.drafted}",
+        )  # fmt: skip
+    console.print(table)
+    head = ("text", "round trip", "", "plain, tokens/s", "guessed", "ratio", "pairs", "right / sent")
+    table = Table(*head, title="real processes")
     for found in figures:
         table.add_row(
-            found.case,
-            f"{found.rtt_ms:g} ms",
-            str(found.sessions),
-            f"{found.plain:.2f}",
-            f"{found.guessed:.2f}",
-            f"{found.ratio:.2f}",
-            f"{found.bound:.2f}" if found.bound else "",
-            f"{found.accepted} / {found.drafted}",
-        )
+            found.text, f"{found.rtt_ms:g} ms", "", f"{found.plain:.2f}", f"{found.guessed:.2f}",
+            f"{found.ratio:.3f} ± {found.error:.3f}", f"{found.pairs}", f"{found.accepted} / {found.drafted}",
+        )  # fmt: skip
     console.print(table)
-    console.print(f"least ratio: {min(found.ratio for found in figures):.2f}, goal {GOAL}")
+    for name, ratios in (("simulated", [row.ratio for row in rows]), ("real", [found.ratio for found in figures])):
+        if ratios:
+            console.print(f"least ratio, {name}: {min(ratios):.3f}, goal {GOAL}")
 
 
 def numbers(kind: type, text: str) -> list[float]:
-    return [kind(part) for part in text.split(",")]
+    """The numbers in a list with commas."""
+    return [kind(part) for part in text.split(",") if part]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rtts", type=lambda text: numbers(float, text), default=RTTS_MS, metavar="MS,MS")
+    floats = lambda text: numbers(float, text)  # noqa: E731
+    parser.add_argument("--rtts", type=floats, default=RTTS_MS, metavar="MS,MS", help="of real links; empty for none")
+    parser.add_argument("--simulated-rtts", type=floats, default=SIMULATED_RTTS_MS, metavar="MS,MS")
     parser.add_argument("--sessions", type=lambda text: numbers(int, text), default=SESSIONS, metavar="N,N")
-    parser.add_argument("--tokens", type=int, default=160, help="of one answer; fewer with many sessions")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-oracle", dest="oracle", action="store_false", help="leave out guesses of known quality")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON there too")
+    parser.add_argument("--tokens", type=int, default=80, help="of an answer on real links")
+    parser.add_argument("--seconds", type=float, default=40.0, help="the most for a case on real links")
+    parser.add_argument("--draft", metavar="HEAD", help="a head or a small model that guesses too")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON there, and go on from what it has")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    figures: list[Figure] = []
+    kept, console = Kept(chosen.output), Console(width=140, stderr=True)
     with suppress(KeyboardInterrupt):
-        figures = trio.run(measure, chosen, Console(width=140, stderr=True))
-    if not figures:
+        simulate(kept, chosen.simulated_rtts, chosen.sessions, console)
+        if chosen.rtts:
+            trio.run(measure, kept, chosen, console)
+    show(kept, Console(width=130))
+    if not kept.rows:
         sys.exit(130)
-    if chosen.output is not None:
-        chosen.output.write_text(json.dumps([asdict(found) for found in figures], indent=2) + "\n")
-    show(figures, Console(width=120))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from peerd.compute.attention.attention import register_attention
 from peerd.compute.device.failures import is_device_lost, is_out_of_memory
 from peerd.compute.engine.batch_parts import run_in_parts
 from peerd.compute.engine.engine import BaseEngine, Engine
+from peerd.compute.errors import NoRoomError
 from peerd.compute.model.head import Head, load_head
 from peerd.compute.model.span_model import load_span
 from peerd.compute.prefixes import common_length
@@ -45,6 +46,7 @@ class WholeModel:
         self._head = head
         self._engine = engine
         self._max_length = max_length
+        self._open: set[GreedyText] = set()
 
     @property
     def vocab_size(self) -> int:
@@ -64,18 +66,24 @@ class WholeModel:
     def open(self, text: GreedyText, length: int) -> None:
         """Commit KV for a text. Raises NoRoomError, ContextTooLongError."""
         self._engine.open(text, SessionSize(length, max_rollback=DECODE_POSITIONS))
+        self._open.add(text)
 
     def close(self, text: GreedyText) -> None:
-        """Free a text's KV."""
-        self._engine.close(text)
+        """Free a text's KV, unless that was done already."""
+        if text in self._open:
+            self._open.remove(text)
+            self._engine.close(text)
 
     def compute(self, text: GreedyText, start: int, token_ids: Sequence[int]) -> torch.Tensor:
-        """Compute a text's positions from `start` on; what it had from there is cut off. Raises EngineError."""
+        """Compute a text's positions from `start` on; what it had from there is cut off. Raises EngineError.
+
+        Where no room is left (NoRoomError), the text is closed.
+        """
         count = len(token_ids)
         positions = torch.arange(start, start + count)
         hidden = self._head.embed(torch.tensor(token_ids, dtype=torch.long), positions)
         self._engine.submit(EngineStep(text, 0, (), (RowSlice(0, start, count),), hidden.cpu()))
-        outputs = []
+        outputs = list[torch.Tensor]()
         while (batch := self._engine.plan()) is not None:
             output = run_in_parts(self._engine.run, batch, self._engine.give_back, _is_the_devices)
             for result in self._engine.collect(batch, output):
@@ -83,6 +91,10 @@ class WholeModel:
                     raise result.error
                 assert result.hidden is not None
                 outputs.append(result.hidden)
+        if sum(map(len, outputs)) < count:
+            # No page is left. Other texts' computations must not meet the rest of this one.
+            self.close(text)
+            raise NoRoomError("no KV is left for this text beside the others", self._engine.free_tokens)
         return torch.cat(outputs)
 
     def next_token(self, hidden: torch.Tensor, known: int) -> Guess:

@@ -120,6 +120,24 @@ class Head:
                 parts.append(output.last_hidden_state[:, 0].float().cpu())
         return torch.cat(parts)
 
+    def output_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The LM head's weights, fp32 `[n, width]`, and biases, fp32 `[n]`, of token ids, int64 [n]."""
+        weight, bias = self._lm_head.weight.detach(), self._lm_head.bias
+        own = token_ids.to(weight.device)
+        return weight[own].float(), None if bias is None else bias.detach()[own].float()
+
+    def most_likely(self, last_hidden: torch.Tensor) -> torch.Tensor:
+        """The most likely token ids, int64 [n], on the CPU, for what the decoder gives out [n, hidden size].
+
+        A model's cap or scale of logits changes no order.
+        """
+        weight, parts = self.embedding_weight, []
+        with torch.no_grad():
+            for start in range(0, len(last_hidden), POSITIONS_AT_ONCE):
+                part = last_hidden[start : start + POSITIONS_AT_ONCE].to(device=weight.device, dtype=weight.dtype)
+                parts.append(self._lm_head(part).argmax(-1).cpu())
+        return torch.cat(parts)
+
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The mean cross-entropy of predicting `targets`, int64 [n], from the last block's output [n, hidden size], and
         its gradient, fp32 [n, hidden size], on the CPU.

@@ -116,6 +116,31 @@ def working(text: str) -> Iterator[Working]:
         yield Working(display, text)
 
 
+class Bar:
+    """What `bar` shows: a text, and how much of the work is done. Any thread may change it."""
+
+    def __init__(self, display: Progress | None, text: str) -> None:
+        self._display = display
+        self._task = display.add_task(printable(text), total=1.0) if display else TaskID(0)
+
+    def update(self, share: float, text: str) -> None:
+        """Show another text, and that this share of the work is done, from 0 to 1."""
+        if self._display:
+            self._display.update(self._task, completed=min(share, 1.0), description=printable(text))
+
+
+@contextmanager
+def bar(text: str) -> Iterator[Bar]:
+    """Show on a terminal how much of some work is done, and how long the rest will take; show nothing elsewhere."""
+    console = screen()
+    if not console.is_terminal:
+        yield Bar(None, text)
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(_BAR_CHARS), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as display:
+        yield Bar(display, text)
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -25,6 +24,7 @@ from peerd.cli.commands.receipts import receipts
 from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.commands.service import service
 from peerd.cli.commands.starting import log_as_asked, start_daemon
+from peerd.cli.commands.training import train_draft, train_span
 from peerd.cli.commands.watching import peers, status, top
 from peerd.cli.config.applying import (
     choose_profile,
@@ -37,17 +37,13 @@ from peerd.cli.config.applying import (
 from peerd.cli.console import say, working
 from peerd.cli.help import SHORT_HELP, write_options
 from peerd.cli.options.daemon import daemon_options
-from peerd.cli.options.parsing import at_revision, parse_model
 from peerd.cli.options.shared import (
-    join_options,
     joining,
     json_option,
     log_format_option,
-    revision_option,
     sampling_options,
     verbose_option,
 )
-from peerd.cli.options.train_span import train_span_options
 from peerd.cli.processes import ProcessEnded
 from peerd.cli.standard_files import OutputFailed, flush_standard_files, guard_standard_files
 from peerd.compute.errors import CheckpointError
@@ -153,38 +149,6 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     start_daemon(ctx, joining(options), options)
 
 
-@cli.command("train-span", epilog=EXIT_CODES)
-@click.argument("model", type=parse_model, metavar="MODEL")
-@revision_option
-@train_span_options
-@join_options
-@verbose_option
-@click.pass_context
-def train_span(
-    ctx: click.Context, /, model: Path | str, revision: str | None, text_file: TextIO, verbose: bool, **options: Any
-) -> None:
-    """Train whole blocks of MODEL on the servers that hold them.
-
-    A server allows that only to clients that its operator has named with --trainable, and trains a copy: what it
-    serves to others stays as it is. Run the command again to go on from the last snapshot.
-    """
-    swarm = joining(options)
-    if not swarm.bootstrap:
-        raise click.UsageError(
-            "--bootstrap is missing: give an address that a peer of the swarm printed, or set PEERD_BOOTSTRAP"
-        )
-    try:
-        text = text_file.read()
-    except (OSError, UnicodeError) as error:
-        raise click.UsageError(f"cannot read the text: {error}") from error
-    with working("starting"):
-        from peerd.cli.train_span import TrainRequest
-        from peerd.cli.train_span import train_span as run_training
-
-    request = TrainRequest(text=text, **options)
-    run_once(ctx, partial(run_training, at_revision(model, revision), swarm, request), verbose=verbose)
-
-
 @cli.command(epilog=EXIT_CODES)
 @click.option("--prompt", default=DEMO_PROMPT, show_default=True, metavar="TEXT", help="What to ask the model.")
 @click.option(
@@ -225,7 +189,7 @@ def demo(
 
 _COMMANDS = (
     *(blocks, calibrate, chat, completion, config, doctor, generate, invite, join),
-    *(keys, manifest, models, peers, receipts, service, status, top),
+    *(keys, manifest, models, peers, receipts, service, status, top, train_draft, train_span),
 )
 for command in _COMMANDS:
     cli.add_command(command)

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, nullcontext
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
-import trio
 
 from peerd.client.answer_meter import AnswerMeter
 from peerd.client.choosing import Choice, Chooser
-from peerd.client.decoding_rows import Row, RowAnswer
 from peerd.client.picked import Finish, Picked, PromptLogprobs
 from peerd.client.remote_head import RemoteHead, can_be_remote
 from peerd.client.sampling import SamplingParams
-from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation, Speculator
+from peerd.client.speculation.speculation import Speculation, Speculator
+from peerd.client.steps.rows import Row, RowAnswer
+from peerd.client.steps.stepping import Stepping
 from peerd.client.text_stream import StopFilter, TextStream
 from peerd.client.token_model import TokenModel
 from peerd.protocol.errors import NoChain, Overloaded, PeerdError
 from peerd.protocol.messages.session import Want
-from peerd.protocol.rows import Drop, Fork, Op, RowSlice
+from peerd.protocol.rows import Drop, Fork, Op
 
 if TYPE_CHECKING:
     from peerd.client.blocks import Adapter
@@ -35,6 +34,10 @@ if TYPE_CHECKING:
     from peerd.client.session.kept_sessions import AnswerSession
     from peerd.client.session.session import Session
     from peerd.protocol.messages.drawing import TokenPairs
+
+
+OnHidden = Callable[[int, int, torch.Tensor], None]
+"""Takes a row, a position, and what the last block gave out, `[n, width]`, for tokens of the row from there on."""
 
 
 class Decoding:
@@ -47,7 +50,8 @@ class Decoding:
     `hidden_ends`: tokens among those that end an answer whose text is left out, though it may be ordinary. `decode`
     turns ids into text in place of the model's own way. `grammar` is the sampling's, if it is compiled already. With
     `prompt_logprobs`, the first token of each row brings those of the prompt, with that many alternatives. Where the
-    model wants the last hop's head (`TokenModel.remote_vocab`), that draws what it can.
+    model wants the last hop's head (`TokenModel.remote_vocab`), that draws what it can; otherwise `on_hidden` is told
+    the hidden states of each row, from the prompt's last position on.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Decoding:
         decode: Callable[[Sequence[int]], str] | None = None,
         grammar: CompiledGrammar | None = None,
         prompt_logprobs: int | None = None,
+        on_hidden: OnHidden | None = None,
     ) -> None:
         #: How many of the prompt's positions had been computed for an earlier answer.
         self.cached = 0
@@ -84,12 +89,11 @@ class Decoding:
         self._resumable = resumable
         self._grammar = grammar
         self._prompt_logprobs = prompt_logprobs
+        self._on_hidden = on_hidden
         # The row operations of the next step, and the answers of the last one from which no token was drawn yet.
         self._ops: tuple[Op, ...] = ()
         self._answers: list[RowAnswer] = []
         self._dropped: tuple[Op, ...] = ()
-        # How long the last step took. None for the prompt's, which says nothing about decoding.
-        self._step_s: float | None = None
         self._begun = False
         vocab = model.remote_vocab if prompt_logprobs is None and can_be_remote(sampling, top_logprobs, rows) else None
         self._remote = None if vocab is None else RemoteHead(sampling, len(prompt), top_logprobs, vocab)
@@ -99,6 +103,7 @@ class Decoding:
         ]
         self._speculator = None if speculation is None else speculation.answer(rows)
         self._meter = AnswerMeter(model.meters, self._speculator)
+        self._stepping = Stepping(model, self._speculator, rows, self._most, self._room, self._remote)
 
     @property
     def speculator(self) -> Speculator | None:
@@ -160,7 +165,7 @@ class Decoding:
             self._rows[0].context if self._prompt_logprobs is None else (),
             max_length=self._longest,
             max_rows=len(self._rows),
-            max_rollback=0 if self._speculator is None else MOST_DRAFTED,
+            max_rollback=self._stepping.rollback,
             prompt_length=self._length if self._ropes_changed else len(self._prompt),
             adapter=self._adapter,
             patience=self._patience,
@@ -178,7 +183,7 @@ class Decoding:
     @property
     def _ropes_changed(self) -> bool:
         """Whether the text is longer than what its ropes turn in the first way."""
-        change = self._model.ropes_change_at
+        change = self._model.facts.ropes_change_at
         return change is not None and self._length > change
 
     async def _run(self) -> AsyncGenerator[Picked, None]:
@@ -193,18 +198,21 @@ class Decoding:
             answers, self._answers = self._answers, []
             gained = 0
             for answer, chosen in zip(answers, choices, strict=True):
+                start = len(answer.row.context) - 1
                 for picked in self._accepted(answer, chosen):
                     gained += 1
                     yield picked
+                if answer.hidden is not None:
+                    self._computed(answer.row, start, answer.hidden[: len(chosen)])
             if answers:
-                self._note(answers, gained)
+                self._stepping.note(gained)
                 # Only with the next step: row 0 may end before the other rows have forked from it.
                 self._dropped = tuple(Drop(answer.row.number) for answer in answers if answer.row.finished)
                 continue
-            if self._ropes_changed and self._length - 1 == self._model.ropes_change_at:
+            if self._ropes_changed and self._length - 1 == self._model.facts.ropes_change_at:
                 await self._begin_again()
                 continue
-            self._answers = await self._step(live)
+            self._answers = await self._stepping.step(self._open_session, live, self._ops)
             self._ops, self._dropped = self._dropped, ()
 
     @property
@@ -235,21 +243,22 @@ class Decoding:
                 prompt = (None, *await self._model.score(hidden[:-1], self._prompt[1:], top))
         parts = await self._first_parts(ends, len(live))
         self._begun = True
-        self._step_s = None
+        self._stepping.begin()
         self._dropped = ()
         self._ops = tuple(Fork(0, row.number, len(self._prompt)) for row in forked)
-        return [RowAnswer(row, (), part, prompt) for row, part in zip(live, parts, strict=True)]
+        return [RowAnswer(row, (), *part, prompt) for row, part in zip(live, parts, strict=True)]
 
     async def _first_parts(
         self, ends: Sequence[torch.Tensor | Sequence[TokenPairs]], count: int
-    ) -> list[torch.Tensor | Sequence[TokenPairs]]:
-        """What the first tokens of `count` rows are drawn from, or were drawn: `ends` are that of one row for all, or
-        one of each.
+    ) -> list[tuple[torch.Tensor | None, torch.Tensor | Sequence[TokenPairs]]]:
+        """The hidden states and logits from which the first tokens of `count` rows are drawn, or the tokens: `ends` are
+        that of one row for all, or one of each.
         """
         if drawn := [pairs for end in ends if not isinstance(end, torch.Tensor) for pairs in end]:
-            return [[pairs] for pairs in drawn]
+            return [(None, [pairs]) for pairs in drawn]
         hidden = torch.cat([end for end in ends if isinstance(end, torch.Tensor)])
-        return list((await self._model.logits(hidden, self._most)).expand(count, -1)[:, None])
+        logits = (await self._model.logits(hidden, self._most)).expand(count, -1)
+        return list(zip(hidden.expand(count, -1)[:, None], logits[:, None], strict=True))
 
     async def _begin_again(self) -> None:
         """Continue in a session whose blocks have computed nothing yet."""
@@ -257,45 +266,10 @@ class Decoding:
         self._begun = False
         await self._start_session()
 
-    async def _step(self, live: Sequence[Row]) -> list[RowAnswer]:
-        """Run one step: the last token of each live row, and the guesses after it."""
-        drafts = await self._drafts(live)
-        began = trio.current_time()
-        inputs, rows = [], []
-        for row, draft in zip(live, drafts, strict=True):
-            start = len(row.context) - 1
-            inputs.append(self._model.embed((row.context[-1], *draft), start))
-            rows.append(RowSlice(row.number, start, 1 + len(draft)))
-        parts = await self._run_step(torch.cat(inputs), rows, live, drafts)
-        self._step_s = trio.current_time() - began
-        return [RowAnswer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]
-
-    async def _run_step(
-        self, hidden: torch.Tensor, rows: Sequence[RowSlice], live: Sequence[Row], drafts: Sequence[tuple[int, ...]]
-    ) -> Sequence[torch.Tensor | Sequence[TokenPairs]]:
-        """For each row the logits of a step, or the tokens that the last hop drew."""
-        session, counts = self._open_session, [piece.count for piece in rows]
-        if self._remote is None:
-            result = await session.step(hidden, rows=rows, ops=self._ops, want="all")
-        else:
-            contexts = {row.number: [*row.context, *draft] for row, draft in zip(live, drafts, strict=True)}
-            request = self._remote.request(contexts)
-            drawn = await session.draw(hidden, request, rows=rows, ops=self._ops, want="all")
-            if not isinstance(drawn, torch.Tensor):
-                ends = list(accumulate(counts))
-                return [drawn[end - count : end] for end, count in zip(ends, counts, strict=True)]
-            result = drawn
-        return torch.split(await self._model.logits(result, self._most), counts)
-
-    async def _drafts(self, live: Sequence[Row]) -> Sequence[tuple[int, ...]]:
-        if self._speculator is None:
-            return [()] * len(live)
-        return await self._speculator.drafts([(row.number, row.context, self._room(row)) for row in live])
-
     def _room(self, row: Row) -> int:
         """How many guesses a row's next step may carry. It gains a token more than it has right guesses."""
         room = self._sampling.max_new_tokens - row.count - 1
-        change = self._model.ropes_change_at
+        change = self._model.facts.ropes_change_at
         if change is None or self._ropes_changed:
             return room
         # Rows must reach the change together; and positions beyond it are computed with the other ropes.
@@ -308,10 +282,12 @@ class Decoding:
             if answer.row.finished:
                 return
 
-    def _note(self, answers: Sequence[RowAnswer], gained: int) -> None:
-        if self._speculator is not None and self._step_s is not None:
-            drafted = sum(len(answer.draft) for answer in answers)
-            self._speculator.note(len(answers), drafted, gained, self._step_s)
+    def _computed(self, row: Row, start: int, hidden: torch.Tensor) -> None:
+        """Hand on the hidden states of tokens that are certain."""
+        if self._speculator is not None:
+            self._speculator.computed(start, hidden)
+        if self._on_hidden is not None:
+            self._on_hidden(row.number, start, hidden)
 
     async def _chosen(self, answers: Sequence[RowAnswer]) -> list[list[Choice]]:
         """The next tokens of each row."""

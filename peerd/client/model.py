@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peerd.client.sampling import SamplingParams
     from peerd.client.training.span_lane import SpanLane
     from peerd.compute.checkpoint.hub.settings import HubSettings
+    from peerd.compute.model.head import Head
     from peerd.protocol.identity import PeerId
     from peerd.protocol.messages.span_training import SpanBegin
 
@@ -83,6 +84,11 @@ class SwarmModel(ServedBlocks):
         self._tokenizing = trio.CapacityLimiter(_TOKENIZED_AT_ONCE)
         self._scoring = trio.CapacityLimiter(_SCORING_AT_ONCE)
         self._grammars = GrammarCompiler(head, tokenizer, self._token_bytes, grammar_check)
+
+    @property
+    def head(self) -> Head:
+        """The embeddings, the final norm and the LM head, for what runs beside the answers."""
+        return self._head.head
 
     def keep_sessions(self, positions: int) -> None:
         """Keep the sessions of answers from now on, of at most so many positions in all (KV on each server)."""
@@ -227,9 +233,7 @@ class SwarmModel(ServedBlocks):
                 await trio.sleep(FRESH_S)
 
     def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """Turn text into token ids; with `chat`, as a user's turn in the model's chat template. Raises
-        InvalidRequest.
-        """
+        """Turn text into token ids; with `chat`, as a user's turn in the model's template. Raises InvalidRequest."""
         if chat and not self.tokenizer.chat_template:
             raise InvalidRequest(f"{self.facts.name} has no chat template; leave out --chat")
         if chat:
@@ -265,9 +269,7 @@ class SwarmModel(ServedBlocks):
         return await self._grammars.compiled(grammar)
 
     def sampling_params(self, **asked: Any) -> SamplingParams:
-        """`SamplingParams` with these values; the model's own values replace those left out. Raises ValueError,
-        InvalidRequest.
-        """
+        """`SamplingParams` with these values, and the model's own for others. Raises ValueError, InvalidRequest."""
         from peerd.client.sampling import SamplingParams
 
         params = SamplingParams.from_config(self.generation_config, **asked)
@@ -280,11 +282,6 @@ class SwarmModel(ServedBlocks):
     def remote_vocab(self) -> int | None:
         """How many token ids there are, if last hops are to draw tokens where they can; else None."""
         return self.vocab_size if self._is_remote else None
-
-    @property
-    def ropes_change_at(self) -> int | None:
-        """The length beyond which the model's rotary embeddings change (`ModelFacts`)."""
-        return self.facts.ropes_change_at
 
     def generate(
         self,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +22,7 @@ from peerd.client.finding.scout import FIRST_WAIT_S, Scout
 from peerd.client.grammars.checking import open_grammar_check
 from peerd.client.model import SwarmModel
 from peerd.client.session.opener import ChainOpener
-from peerd.client.speculation.speculation import Speculation
+from peerd.client.speculation.speculation import DraftSource, Speculation
 from peerd.compute.adapters.linear_layers import linear_layers
 from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
 from peerd.compute.families.layer_kinds import layer_kinds
@@ -29,6 +30,7 @@ from peerd.compute.model.head import Head, load_head_model, load_input_side, loa
 from peerd.compute.model.rotary import changed_beyond, follow_length
 from peerd.exchange.head_task import HeadTask
 from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
+from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
 from peerd.trio_tools import import_in_thread, open_tasks
@@ -105,13 +107,40 @@ async def open_drafting(model: SwarmModel, checkpoint: Checkpoint, device: str) 
     await import_in_thread("peerd.client.speculation.draft_model")
     from peerd.client.speculation.draft_model import open_draft
 
-    before = model.speculation
     async with open_draft(checkpoint, model.tokenizer, model.vocab_size, model.facts.name, device=device) as draft:
-        model.speculation = Speculation(model=draft)
-        try:
+        with _guessed_by(model, draft):
             yield
-        finally:
-            model.speculation = before
+
+
+@asynccontextmanager
+async def drafting_head(model: SwarmModel, folder: Path, device: str) -> AsyncIterator[None]:
+    """Let the draft head in `folder` guess tokens for the answers that begin in the block.
+
+    Raises CheckpointError, and InvalidRequest if it is for a model of other sizes or does not fit into the device's
+    memory.
+    """
+    if model.remote_vocab is not None:
+        raise InvalidRequest(
+            f"{folder.name} guesses from hidden states, which a client does not get whose last server draws the tokens:"
+            " leave out the draft head, or the remote head"
+        )
+    await import_in_thread("peerd.client.speculation.draft_head")
+    from peerd.client.speculation.draft_head import load_draft_head
+
+    facts = model.facts
+    load = partial(load_draft_head, folder, model.head, facts.name, facts.digest, device=device)
+    with _guessed_by(model, await trio.to_thread.run_sync(load)):
+        yield
+
+
+@contextmanager
+def _guessed_by(model: SwarmModel, source: DraftSource) -> Iterator[None]:
+    before = model.speculation
+    model.speculation = Speculation(model=source)
+    try:
+        yield
+    finally:
+        model.speculation = before
 
 
 @asynccontextmanager

@@ -20,12 +20,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Facts(Protocol):
+    """What decoding needs of `ModelFacts`, which says what its fields mean."""
+
+    @property
+    def ropes_change_at(self) -> int | None: ...
+
+    @property
+    def limits_rollback(self) -> bool: ...
+
+
 class TokenModel(Protocol):
     """What decoding needs of a `SwarmModel`: token ids to hidden states, sessions, hidden states to logits and text."""
 
     @property
-    def ropes_change_at(self) -> int | None:
-        """See `ModelFacts`."""
+    def facts(self) -> Facts:
+        """What is known about the model."""
 
     @property
     def remote_vocab(self) -> int | None:

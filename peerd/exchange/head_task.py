@@ -49,6 +49,11 @@ class HeadTask:
         self._limiter = trio.CapacityLimiter(1)
 
     @property
+    def head(self) -> Head:
+        """The head itself, which several threads may use at once."""
+        return self._head
+
+    @property
     def vocab_size(self) -> int:
         """The number of token ids."""
         return self._head.vocab_size

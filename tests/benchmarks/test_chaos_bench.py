@@ -41,15 +41,22 @@ async def test_two_kills_and_a_stop_cost_no_token_of_four_sessions(
     assert run.coverage == {Span(0, 3): pytest.approx(1), Span(3, 6): pytest.approx(1)}
     assert run.verdict.tokens >= 100
     assert 0 < run.verdict.sampled < run.verdict.tokens
-    # A killed server answers one more step at most.
-    killed = [one for each in run.disturbances if each.kind == "kill" for one in each.struck]
+    # Half of the sessions guess at times, most of it right; their answers are compared like all others.
+    guessed = [each for each in run.answers if each.guesses[0]]
+    assert 0 < sum(each.guesses[1] for each in guessed) < sum(each.guesses[0] for each in guessed)
+    assert len(guessed) < len(run.answers)
+    # A killed server answers one more step at most, which is one token where nothing was guessed.
+    struck = [one for each in run.disturbances if each.kind == "kill" for one in each.struck]
+    killed = [one for one in struck if not one.answer.guesses[0]]
     assert all(one.lost for one in killed if len(one.answer.times) >= one.index + 2)
     assert all(one.after.replayed for one in killed if one.lost and one.held)
 
 
 def answer(times: list[float], counts: list[Counts] | None = None) -> Answer:
     """One whose tokens came then."""
-    made = Answer([1], SamplingParams(), 0.0, SimpleNamespace(session=None), list(range(len(times))), times)  # type: ignore[arg-type]
+    made = Answer(
+        [1], SamplingParams(), 0.0, SimpleNamespace(session=None, speculator=None), list(range(len(times))), times
+    )  # type: ignore[arg-type]
     made.counts = counts or [Counts()] * len(times)
     return made
 

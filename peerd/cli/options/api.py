@@ -22,8 +22,8 @@ _OPTIONS = (
         multiple=True,
         metavar="[NAME=]MODEL",
         help="Let this small model guess tokens for the model that the local API offers as NAME, where that is faster;"
-        " it must have the same tokenizer. It is fetched and run whole on this machine. Answers are the same. Repeat it"
-        " for several.",
+        " it must have the same tokenizer, or be a head that peerd train-draft made. It is fetched and run whole on"
+        " this machine. Answers are the same. Repeat it for several.",
     ),
     draft_device_option,
     remote_head_option,

@@ -176,8 +176,8 @@ def draft_options(command: Command) -> Command:
         "--draft",
         type=parse_model,
         metavar="MODEL",
-        help="Let this small model guess tokens, where that is faster; it must have the same tokenizer. It is fetched"
-        " and run whole on this machine. The answer is the same.",
+        help="Let this small model guess tokens, where that is faster; it must have the same tokenizer. Or a head that"
+        " peerd train-draft made. It is fetched and run whole on this machine. The answer is the same.",
     )
     return draft(draft_device_option(command))
 

@@ -29,7 +29,33 @@ from peerd.protocol.messages.session import Progress, Want
 from peerd.protocol.rows import Op, RowSlice
 from peerd.trio_tools import at_once
 
-__all__ = ["Patience", "Session"]
+__all__ = ["Patience", "Sent", "Session"]
+
+
+class Sent:
+    """A step that was sent, or the pieces of a long one."""
+
+    def __init__(self, parts: Sequence[Pending], want: Want) -> None:
+        self._parts = parts
+        self._want = want
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was answered, or has failed."""
+        return all(part.done.is_set() for part in self._parts)
+
+    async def result(self) -> torch.Tensor:
+        """Wait for what the step wants, `[positions, width]`. Raises the error with which the step ended."""
+        for part in self._parts:
+            await part.done.wait()
+        results = [part.outcome() for part in self._parts]
+        return torch.cat(results) if self._want == "all" and len(results) > 1 else results[-1]
+
+    async def drawn_or_result(self) -> tuple[TokenPairs, ...] | torch.Tensor:
+        """Wait for the tokens that the last hop drew; or for what the step wants, where it drew none."""
+        result = await self.result()
+        drawn = self._parts[-1].drawn
+        return result if drawn is None else drawn
 
 
 class Session:
@@ -154,11 +180,28 @@ class Session:
         NoChain, Overloaded, trio.ClosedResourceError. If this is cancelled, the positions may be cached or not: give
         `start` in the next call.
         """
-        parts = await self._submit_all(hidden, self.log.slices(hidden, row, start, rows), ops, want)
-        for part in parts:
-            await part.done.wait()
-        results = [part.outcome() for part in parts]
-        return torch.cat(results) if want == "all" and len(results) > 1 else results[-1]
+        sent = await self.submit(hidden, row=row, start=start, rows=rows, ops=ops, want=want)
+        return await sent.result()
+
+    async def submit(
+        self,
+        hidden: torch.Tensor,
+        *,
+        row: int = 0,
+        start: int | None = None,
+        rows: Sequence[RowSlice] | None = None,
+        ops: Sequence[Op] = (),
+        want: Want = "last",
+        draw: DrawRequest | None = None,
+    ) -> Sent:
+        """Send new positions as `step` does, or with a request as `draw` does, without waiting for results.
+
+        Others may be sent behind them.
+
+        If rows were cut behind what is still on its way, the answers to that come all the same, in order.
+        """
+        slices = self.log.slices(hidden, row, start, rows)
+        return Sent(await self._submit_all(hidden, slices, ops, want, draw), want)
 
     async def draw(
         self,
@@ -174,11 +217,8 @@ class Session:
         """Run new positions, as `step` does, and return a token for each that `want` names; or, where the last hop
         draws none, their results. With `all`, the positions must fit into one step.
         """
-        parts = await self._submit_all(hidden, self.log.slices(hidden, row, start, rows), ops, want, request)
-        for part in parts:
-            await part.done.wait()
-            part.outcome()
-        return parts[-1].drawn_or_result()
+        sent = await self.submit(hidden, row=row, start=start, rows=rows, ops=ops, want=want, draw=request)
+        return await sent.drawn_or_result()
 
     async def _submit_all(
         self,

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
-from peerd.client.speculation.step_times import StepTimes
+from peerd.client.speculation.ahead import AheadTimes
+from peerd.client.speculation.step_times import MOST_DRAFTED, StepTimes
 
 #: Which part of an answer's time drafting may cost it, and how many plain steps on top, for what has to be tried.
 LOSS_SHARE = 0.01
@@ -46,6 +48,16 @@ _WEIGHT = 0.2
 _MOST_DISTURBED = 3.0
 
 
+class Beside(Enum):
+    """What else of an answer was on its way when a step was sent."""
+
+    NOTHING = auto()
+    #: Windows before it, whose guesses were all right.
+    RIGHT_GUESSES = auto()
+    #: Windows that were given up.
+    WRONG_GUESSES = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Asking:
     """How many tokens to ask of a draft model. Beyond the `least` chance that all are right, another costs too much."""
@@ -55,13 +67,16 @@ class Asking:
 
 
 class Controller:
-    """Chooses for one answer. `times` is shared by the answers of a model. Pure: the caller has the clock.
+    """Chooses for one answer. `times` and `ahead` are shared by the answers of a model. Pure: the caller has the clock.
 
     others: how many tokens the other sessions get from a step in which ours takes part.
     """
 
-    def __init__(self, times: StepTimes, others: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self, times: StepTimes, others: Callable[[], float] = lambda: 0.0, ahead: AheadTimes | None = None
+    ) -> None:
         self._times = times
+        self._ahead = ahead or AheadTimes()
         self._others = others
         self._plain_s = 0.0
         self._plain_steps = 0
@@ -135,6 +150,22 @@ class Controller:
             chosen[row] += 1
         return chosen
 
+    def behind(self, chances: Sequence[float]) -> int:
+        """How many of these guesses to send in a window behind those on their way; 0 if none.
+
+        chances: for each guess, the probability that it and all before it are right, those on their way included.
+        """
+        if not chances or not self.limit:
+            return 0
+        if self.limit < min(len(chances), MOST_DRAFTED):
+            # A longer window costs less than another one; what it takes must be measured first, and alone.
+            return 0
+        # If it counts, its first guess is the certain token of a step, and the others are that step's guesses.
+        rest = [(-chance / chances[0], 0) for chance in chances[1:]]
+        count = 1 + self._best(1, rest)[1]
+        excess = self._step(count) - 1
+        return count if self._ahead.worth(chances[:count], self._others(), excess) > 0 else 0
+
     def _best(self, rows: int, ranked: Sequence[tuple[float, int]]) -> tuple[float, int]:
         """The highest rate, and with how many of the likeliest guesses; drafting must win something to be chosen."""
         best, best_count, gain = (rows + self._others()) * _LEAST_GAIN, 0, 0.0
@@ -157,13 +188,25 @@ class Controller:
     def _may_retry(self, ranked: Sequence[tuple[float, int]]) -> bool:
         return self._since_drafted >= _RETRY_EVERY and self.limit > 0 and bool(ranked) and -ranked[0][0] >= _LIKELY
 
-    def note(self, rows: int, drafted: int, gained: int, seconds: float, asking_s: float = 0.0) -> None:
+    def note(
+        self,
+        rows: int,
+        drafted: int,
+        gained: int,
+        seconds: float,
+        asking_s: float = 0.0,
+        beside: Beside = Beside.NOTHING,
+    ) -> None:
         """A step of so many rows, with so many drafted positions, took `seconds` and gained so many tokens.
 
-        asking_s: how long a draft model was asked before it.
+        asking_s: how long a draft model was asked before it. beside: what else was on its way when it was sent.
         """
         self._since_asked += 1
         self._note_asking(asking_s)
+        if beside is not Beside.NOTHING and self._plain_s:
+            self._note_beside(rows, drafted, gained, seconds / self._plain_s, beside)
+            self._elapsed_s += seconds
+            return
         if not drafted:
             self._note_plain(seconds)
             self._elapsed_s += seconds
@@ -177,8 +220,20 @@ class Controller:
         counted = min(ratio, _MOST_DISTURBED * self._times.ratio(drafted))
         self._times.note(drafted, counted)
         self._elapsed_s += seconds
-        saved_s = (gained / rows - counted) * self._plain_s
-        self._saved_s = min(self._saved_s + saved_s, _MOST_SAVED_STEPS * self._plain_s)
+        self._save((gained / rows - counted) * self._plain_s)
+
+    def _note_beside(self, rows: int, drafted: int, gained: int, ratio: float, beside: Beside) -> None:
+        """Note a step whose time was not its own: only what it has saved counts for the times of steps alone."""
+        self._since_plain += 1
+        counted = min(ratio, _MOST_DISTURBED * self._step(drafted))
+        if beside is Beside.RIGHT_GUESSES:
+            self._ahead.note_behind(counted)
+        else:
+            self._ahead.note_delayed(counted - self._times.ratio(drafted))
+        self._save((gained / rows - counted) * self._plain_s)
+
+    def _save(self, seconds: float) -> None:
+        self._saved_s = min(self._saved_s + seconds, _MOST_SAVED_STEPS * self._plain_s)
 
     def _note_asking(self, seconds: float) -> None:
         self._elapsed_s += seconds

@@ -18,11 +18,11 @@ import torch
 import trio
 
 from peerd.checkpoints import fetch_head, fetch_span
-from peerd.client.speculation.confidence import Ask, grade_of
+from peerd.client.speculation.asking import guess
+from peerd.client.speculation.confidence import Ask
 from peerd.client.speculation.draft_times import DraftTimes
 from peerd.client.speculation.drafts import Draft
 from peerd.client.speculation.same_tokens import difference
-from peerd.client.speculation.step_times import MOST_DRAFTED
 from peerd.compute.checkpoint.tokenizer import load_tokenizer
 from peerd.compute.engine.greedy_text import GreedyText, WholeModel, load_whole
 from peerd.compute.errors import EngineError
@@ -140,7 +140,12 @@ class ModelDrafter:
         """The most likely tokens, each after those before it. No more of them if the model failed."""
         if self._text is None or not self.ready:
             return Draft()
-        return await self._computing(self._guess, self._text, text, ask) or Draft()
+        found = await self._computing(guess, self._text, text, ask)
+        draft, self.reading_s = found or (Draft(), 0.0)
+        return draft
+
+    def computed(self, start: int, hidden: torch.Tensor) -> None:
+        """Do nothing: it reads the text itself."""
 
     def end(self) -> None:
         """Free the KV."""
@@ -159,7 +164,8 @@ class ModelDrafter:
         try:
             return await trio.to_thread.run_sync(function, *arguments, limiter=self._limiter)
         except EngineError as error:
-            self.ready = False
+            # The KV is for others.
+            self.end()
             log.warning("the draft model failed, and the answer goes on without it: %s", error)
             return None
 
@@ -172,24 +178,3 @@ class ModelDrafter:
         if timed := sum(1 for _ in islice(guesses, _TIMED)):
             self._times.note(timed, time.perf_counter() - began)
         return True
-
-    def _guess(self, text: GreedyText, tokens: Sequence[int], ask: Ask) -> Draft:
-        self.reading_s = self._catch_up(text, tokens)
-        guessed: list[int] = []
-        grades: list[int] = []
-        chance = 1.0
-        for guess in islice(text.guesses(tokens, trio.from_thread.check_cancelled), ask.count):
-            grades.append(grade_of(guess.chance))
-            guessed.append(guess.token)
-            chance *= ask.shares[grades[-1]]
-            if chance < ask.least:
-                break
-        return Draft(tuple(guessed), grades=tuple(grades))
-
-    def _catch_up(self, text: GreedyText, tokens: Sequence[int]) -> float:
-        """Read what the text has gained in a long pause, apart from the guessing; how many seconds it took."""
-        if text.behind(tokens) <= MOST_DRAFTED + 1:
-            return 0.0
-        began = time.perf_counter()
-        text.read(tokens, trio.from_thread.check_cancelled)
-        return time.perf_counter() - began

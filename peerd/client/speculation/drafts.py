@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from peerd.client.speculation.confidence import Ask
+
+if TYPE_CHECKING:
+    import torch
 
 # Guesses of n-grams from this place on are counted together.
 _LAST_PLACE = 8
@@ -62,6 +65,9 @@ class CostlyDrafter(Protocol):
 
     async def propose(self, text: Sequence[int], ask: Ask) -> Draft:
         """Tokens that may follow `text`, as `ask` says."""
+
+    def computed(self, start: int, hidden: torch.Tensor) -> None:
+        """Take what the last block gave out, `[n, width]`, for the text's positions from `start` on."""
 
     def end(self) -> None:
         """Free what it holds: the answer has ended."""

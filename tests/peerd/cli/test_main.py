@@ -123,6 +123,8 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--client", "--trainable", PEER], "add --serve-blocks"),
         (["train-span", "MODEL", "--blocks", "0:1", "--text", "MODEL/config.json", "--output", "x"], "--bootstrap"),
         (["train-span", "MODEL", "--blocks", "4"], "4"),
+        (["train-draft", "MODEL", "--output", "x"], "--bootstrap"),
+        (["train-draft", "MODEL", "--output", "x", "--bootstrap", ADDRESS, "--no-answers"], "nothing to learn from"),
         (["--client", "--model", "=MODEL"], "has no name"),
         (["--client", "--model", "a=MODEL", "--model", "a=MODEL"], "the same NAME"),
         (["--client", "--http", "8080"], "HOST:PORT"),

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from peerd.cli import daemon as cli_daemon
-from peerd.cli import main as cli_main
 from peerd.cli.commands import chat as chat_command
 from peerd.cli.commands import generate as generate_command
 from peerd.cli.commands import running, starting, watching
+from peerd.cli.commands import training as training_command
 from peerd.cli.daemon import Daemon
 from peerd.cli.main import cli
 from peerd.discovery.mdns import open_zeroconf
@@ -154,8 +154,19 @@ def test_where_a_training_begins_and_that_it_is_published(monkeypatch: pytest.Mo
         "--output",
         str(tmp_path),
     )
-    asked = asked_of(cli_main, monkeypatch, *training, "--bootstrap", ADDRESS, "--from-step", "20", "--publish")
+    asked = asked_of(training_command, monkeypatch, *training, "--bootstrap", ADDRESS, "--from-step", "20", "--publish")
     assert (asked.args[2].from_step, asked.args[2].publish, asked.args[2].text) == (20, True, "Once upon a time")
+
+
+def test_what_a_draft_head_learns_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Once upon a time")
+    (tmp_path / "asked").write_text("Why?\n\n How? \n")
+    training = ("train-draft", "org/name", "--output", str(tmp_path), "--bootstrap", ADDRESS)
+    sources = ("--text", str(tmp_path / "text"), "--questions", str(tmp_path / "asked"))
+    how = ("--minutes", "3", "--tokens", "1000", "--guessable", "500", "--device", "cpu", "--seed", "2")
+    wanted = asked_of(training_command, monkeypatch, *training, *sources, *how).args[2]
+    assert (wanted.text, wanted.questions, wanted.answers) == ("Once upon a time", ("Why?", "How?"), True)
+    assert (wanted.minutes, wanted.tokens, wanted.guessable, wanted.seed) == (3.0, 1000, 500, 2)
 
 
 def test_a_chat_begins_with_the_system_prompt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ async def decode(chance, token_s, cost, *, seed=0, noise=0.0, tokens=TOKENS, spe
     text = truth[:1]
     with speculator.decoding(text, tokens + 1):
         while len(text) <= tokens:
-            [draft] = await speculator.drafts([(0, text, tokens - len(text))])
+            [draft], _ = await speculator.drafts([(0, text, tokens - len(text))])
             step_s = cost(len(draft)) * max(0.2, random_.gauss(1, noise))
             await trio.sleep(step_s)
             start = len(text)
@@ -167,7 +167,7 @@ async def test_a_model_that_is_still_reading_is_not_asked():
     speculator = speculation.answer(1)
     with speculator.decoding([1], 9):
         for _ in range(5):
-            assert await speculator.drafts([(0, [1], 8)]) == [()]
+            assert (await speculator.drafts([(0, [1], 8)]))[0] == [()]
             speculator.note(1, 0, 1, PLAIN_S)
     assert (oracle.asked, oracle.ended) == (0, 1)
 
@@ -178,7 +178,7 @@ async def test_answers_of_several_rows_have_no_draft_model():
     speculator = speculation.answer(2)
     with speculator.decoding([1], 9):
         for _ in range(5):
-            assert await speculator.drafts([(0, [1], 8), (1, [1], 8)]) == [(), ()]
+            assert (await speculator.drafts([(0, [1], 8), (1, [1], 8)]))[0] == [(), ()]
             speculator.note(2, 0, 2, PLAIN_S)
     assert (oracle.asked, oracle.ended) == (0, 0)
 

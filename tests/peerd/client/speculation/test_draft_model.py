@@ -8,14 +8,11 @@ import threading
 from functools import partial
 
 import pytest
-import torch
 import trio
 import trio.testing
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peerd
 from peerd.client.speculation.confidence import GRADES, Ask
-from peerd.client.speculation.controller import Asking, Controller
 from peerd.client.speculation.draft_model import open_draft
 from peerd.client.speculation.drafts import Draft
 from peerd.compute.checkpoint.opening import open_checkpoint
@@ -28,39 +25,6 @@ LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
 PROMPT = [*range(40, 60)]
 POSITIONS = 16384
 ALL = Ask(8, 0.0, dict.fromkeys(GRADES, 1.0))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory, byte_tokenizer):
-    """A random model of bytes, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("bytes")
-    config = LlamaConfig(
-        num_hidden_layers=2,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=257,
-        max_position_embeddings=512,
-        eos_token_id=256,
-        bos_token_id=None,
-    )
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def always_asked(monkeypatch):
-    """Ask the draft model before every step but the first, and send all that it guesses."""
-    monkeypatch.setattr(Controller, "ask", lambda self, free, share, token_s, room: Asking(min(6, room), 0.0))
-    monkeypatch.setattr(Controller, "choose", lambda self, chances: [len(row) for row in chances])
-    monkeypatch.setattr(Controller, "rate", lambda self, chances: len(chances))
 
 
 async def answer(model, on_token=lambda *_: None, **asked):
@@ -201,14 +165,25 @@ async def test_a_draft_model_that_fails_is_not_asked_again_and_the_answer_goes_o
         assert "goes on without it: blocks 0:2 gave NaN" in caplog.text
 
 
-async def test_answers_beyond_its_memory_or_its_positions_have_no_guesses(path, byte_tokenizer):
+async def test_answers_beyond_its_memory_have_no_guesses_and_disturb_no_other(path, byte_tokenizer):
     async with opened(path, byte_tokenizer) as draft:
-        drafters = [draft.drafter(PROMPT, 512) for _ in range(33)]
-        with trio.fail_after(30):
-            while draft.free_positions or sum(drafter.ready for drafter in drafters) < 32:
-                await trio.sleep(0.001)
-        for drafter in drafters:
+        [alone] = [draft.drafter(PROMPT, 200)]
+        await ready(alone)
+        expected = await alone.propose(PROMPT, ALL)
+        # Together they have more positions than there is KV for.
+        others = [draft.drafter(PROMPT * 25, 512) for _ in range(34)]
+        await trio.testing.wait_all_tasks_blocked(0.2)
+        assert 0 < sum(other.ready for other in others) < len(others)
+        assert await alone.propose(PROMPT, ALL) == expected
+        for drafter in (alone, *others):
             drafter.end()
+        with trio.fail_after(30):
+            while draft.free_positions < POSITIONS:
+                await trio.sleep(0.001)
+
+
+async def test_an_answer_beyond_its_positions_has_no_guesses(path, byte_tokenizer):
+    async with opened(path, byte_tokenizer) as draft:
         long = draft.drafter(PROMPT * 30, 700)
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert not long.ready

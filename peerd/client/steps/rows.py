@@ -37,13 +37,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowAnswer:
-    """A step's answer for one row: logits `[1 + guesses, vocabulary]` after its last token and after each guess, or the
-    tokens that the last hop drew there.
+    """A step's answer for one row: what the last block gave out, `[1 + guesses, width]`, for the row's last token and
+    for each guess, and the logits after them, `[1 + guesses, vocabulary]`. Or the tokens that the last hop drew there;
+    then there are no hidden states.
 
     `prompt` comes with the first one, if it was asked for.
     """
 
     row: Row
     draft: tuple[int, ...]
+    hidden: torch.Tensor | None
     logits: torch.Tensor | Sequence[TokenPairs]
     prompt: PromptLogprobs | None = None

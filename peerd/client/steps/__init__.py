@@ -1,0 +1,1 @@
+"""The steps of an answer: what is sent for its rows, ahead of what is certain too, and the answers in order."""
