@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import shlex
 import signal
 import sys
@@ -30,7 +29,6 @@ from peerd.cli.standard_files import OutputFailed
 from peerd.cli.stopping import Interrupted, stop_signals
 from peerd.cli.watching.traces import open_traces
 from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.net.limits.gate import MAX_CONNECTIONS, connection_limits, descriptor_limit
 from peerd.peer import open_configured
 from peerd.peer_parts import PeerConfig
 from peerd.protocol.addresses import Multiaddr
@@ -48,9 +46,6 @@ log = logging.getLogger(__name__)
 
 # How long sessions may go on after the signal. It is less than the 90 s after which systemd kills.
 DRAIN_S = {signal.SIGTERM: 60.0, signal.SIGHUP: 60.0, signal.SIGINT: 1.0}
-# Enough for all connections, and a local API with thousands of requests. Some systems allow a billion, for which other
-# programs would reserve tables.
-WANTED_FILES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,28 +207,6 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalAp
     host, port = offered.http or (None, 0)
     endpoint = Endpoint(offered.socket_path, host, port, token, offered.token_file, offered.names, offered.origins)
     return await stack.enter_async_context(open_local_api(peer, models, endpoint))
-
-
-def raise_descriptor_limit() -> None:
-    """Raise the limit of open files as far as the system allows, and warn if it limits our connections.
-
-    Children inherit the limit.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError) as error:
-            log.warning("cannot raise the limit of open files from %d to %d: %s", soft, wanted, error)
-    limit = descriptor_limit()
-    if (settled := connection_limits(limit).settled) < MAX_CONNECTIONS:
-        log.warning(
-            "this process may have %d files open, so at most %d peers can be connected: raise the hard limit"
-            " (ulimit -Hn, or LimitNOFILE= in systemd)",
-            limit,
-            settled,
-        )
 
 
 class _Stopping:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from peerd.client.choosing import Choice
 from peerd.client.picked import TokenLogprobs
 from peerd.client.sampling import SamplingParams
-from peerd.client.session.draw_sender import DrawRequest
+from peerd.client.session.hops.draw_sender import DrawRequest
 from peerd.client.speculation.speculation import MOST_DRAFTED
 from peerd.protocol.messages.drawing import (
     MAX_ALTERNATIVES,

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 import peerd
 from peerd.cli.processes import open_peer_processes
-from tests.fakes.hub_server import SEND_BYTES, Fault, HubServer, open_hub
+from tests.fakes.hub.server import SEND_BYTES, Fault, HubServer, open_hub
 
 pytestmark = [pytest.mark.real_time, pytest.mark.processes]
 

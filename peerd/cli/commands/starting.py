@@ -23,7 +23,9 @@ def log_as_asked(options: dict[str, Any]) -> None:
 def start_daemon(ctx: click.Context, swarm: JoinOptions, options: dict[str, Any]) -> None:
     """Be the daemon that the options describe, until it is stopped. Raises click.UsageError, PeerdError."""
     daemon = daemon_of(swarm, options)
-    from peerd.cli.daemon import raise_descriptor_limit, run_daemon
+    from peerd.cli.daemon import run_daemon
+    from peerd.cli.process_limits import raise_descriptor_limit, share_heaps
 
+    share_heaps()
     raise_descriptor_limit()
     run(ctx, partial(run_daemon, daemon))

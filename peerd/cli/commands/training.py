@@ -50,8 +50,8 @@ def train_span(
     swarm = _swarm(options)
     text = _read(text_file)
     with working("starting"):
-        from peerd.cli.train_span import TrainRequest
-        from peerd.cli.train_span import train_span as run_training
+        from peerd.cli.training.span import TrainRequest
+        from peerd.cli.training.span import train_span as run_training
 
     request = TrainRequest(text=text, **options)
     run_once(ctx, partial(run_training, at_revision(model, revision), swarm, request), verbose=verbose)
@@ -88,8 +88,8 @@ def train_draft(
     lines = () if questions_file is None else _read(questions_file).splitlines()
     questions = tuple(line.strip() for line in lines if line.strip())
     with working("starting"):
-        from peerd.cli.train_draft import DraftRequest
-        from peerd.cli.train_draft import train_draft as run_training
+        from peerd.cli.training.draft import DraftRequest
+        from peerd.cli.training.draft import train_draft as run_training
 
     request = DraftRequest(text=text, questions=questions, **options)
     run_once(ctx, partial(run_training, at_revision(model, revision), swarm, request), verbose=verbose)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from peerd.cli.daemon import WANTED_FILES, state_dir
+from peerd.cli.daemon import state_dir
 from peerd.cli.doctor.facts import FileFact, FolderFact, KeyFact, LimitsFact, PackageFact
 from peerd.cli.keys.identity_file import KeyFileError, peer_id_in
+from peerd.cli.process_limits import WANTED_FILES
 from peerd.discovery.state_files import (
     CONTACTS_FILE,
     CONTRIBUTIONS_FILE,

@@ -11,7 +11,7 @@ import torch
 from peerd.client.audits.prefills import Unfinished
 from peerd.client.audits.replays import Source
 from peerd.client.audits.transcript import Transcript
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import Terms
 from peerd.client.session.session import Session

@@ -17,7 +17,7 @@ from peerd.client.audits.open_case import Claims, OpenCase
 from peerd.client.audits.others import Others, pairs_of
 from peerd.client.audits.prefills import Unfinished
 from peerd.client.audits.replays import Boundaries, Replays
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.compute.audits.distance import FIRST_POSITION, MIN_POSITIONS, distance
 from peerd.compute.audits.sketches import are_same, sketched_limit

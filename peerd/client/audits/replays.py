@@ -16,7 +16,7 @@ import trio
 
 from peerd.client.audits.others import InUse
 from peerd.client.audits.prefills import LOOK_S, PREFILL_S, Unfinished
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.mender import OPEN_MARGIN_S
 from peerd.client.session.opener import ChainOpener, Terms

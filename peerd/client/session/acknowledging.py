@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import trio
 
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import PeerFault

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import trio
 
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener
 from peerd.client.session.step_log import StepLog, decode_result

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import trio
 
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.opener import Terms
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.exchange.step_tensors import encoded, priority_of

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import trio
 
 from peerd.client.session.bridges import Bridges
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.mender import ChainMender
 from peerd.client.session.progress import StepProgress
 from peerd.client.session.step_log import StepLog

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from peerd.client.finding.served_by import ServedBy
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.protocol.span import Span
 
 # A hop's number is sent as one byte, and is used once (spec/sessions/session.md).

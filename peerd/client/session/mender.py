@@ -17,7 +17,7 @@ import trio
 from peerd.client.finding.candidates import SESSION_RULES, AskAgain, Candidates, GiveUp, Search, WaitUntil
 from peerd.client.finding.finder import ChainFinder, Patience
 from peerd.client.finding.refusals import Refusals
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener, HopRefused, Terms
 from peerd.protocol.errors import NoChain, Overloaded, PeerdError, UnsupportedFeature

@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from peerd.client.finding.voice import voice_of
-from peerd.client.session.control_stream import ControlStream, open_control
+from peerd.client.session.hops.control_stream import ControlStream, open_control
 from peerd.client.session.live_chain import LiveChain
 from peerd.compute.adapters.lora import Lora, within
 from peerd.exchange.adapter_upload import needs_of, send_adapter

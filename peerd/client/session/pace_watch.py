@@ -13,7 +13,7 @@ from typing import Protocol
 
 import trio
 
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener
 from peerd.client.session.progress import StepProgress

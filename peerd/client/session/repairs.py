@@ -12,9 +12,9 @@ from contextlib import suppress
 
 import trio
 
-from peerd.client.session.control_stream import ControlStream
-from peerd.client.session.draw_sender import DrawSender
 from peerd.client.session.first_hop import FirstHop
+from peerd.client.session.hops.control_stream import ControlStream
+from peerd.client.session.hops.draw_sender import DrawSender
 from peerd.client.session.mender import ChainMender
 from peerd.client.session.opener import ChainOpener
 from peerd.client.session.progress import StepProgress

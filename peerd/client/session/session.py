@@ -16,8 +16,8 @@ import trio
 
 from peerd.client.finding.finder import Patience
 from peerd.client.finding.served_by import ServedBy
-from peerd.client.session.control_stream import ControlStream
-from peerd.client.session.draw_sender import DrawRequest
+from peerd.client.session.hops.control_stream import ControlStream
+from peerd.client.session.hops.draw_sender import DrawRequest
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.step_log import OnAnswer, Pending, StepLog

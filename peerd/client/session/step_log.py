@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import trio
 
-from peerd.client.session.draw_sender import DrawRequest
+from peerd.client.session.hops.draw_sender import DrawRequest
 from peerd.exchange.replay_log import ReplayLog
 from peerd.exchange.step_tensors import wanted_rows
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor

@@ -17,9 +17,9 @@ import trio
 from peerd.client.finding.candidates import MAX_FAULTS_WITHOUT_ANSWER
 from peerd.client.session.acknowledging import Acknowledging
 from peerd.client.session.bridges import Bridges
-from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.first_hop import FirstHop
 from peerd.client.session.hop_messages import HopMessages
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import MAX_NUMBERS, LiveChain
 from peerd.client.session.mender import ChainMender, NumbersUsedUp, SessionSpec, SessionTools
 from peerd.client.session.pace_watch import PaceWatch

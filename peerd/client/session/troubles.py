@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.protocol.errors import CallerError, Evicted, LinkFailed, PeerdError, PeerFault, RelayLost
 from peerd.protocol.span import Span

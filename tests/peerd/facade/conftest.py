@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peerd
 from peerd.facade import bridge
 from peerd.facade.bridge import Bridge
-from tests.fakes.hub_server import HubServer, open_hub
+from tests.fakes.hub.server import HubServer, open_hub
 
 LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
 

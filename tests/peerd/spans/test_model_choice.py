@@ -23,7 +23,7 @@ from peerd.routing.directory.catalogue import NamedModel
 from peerd.spans import budget, model_choice
 from peerd.spans.model_choice import MAX_KEYS, MAX_LOOKED_UP, ModelChoice, local_models
 from peerd.testing.network import MemoryNetwork
-from tests.fakes.hub_server import open_hub
+from tests.fakes.hub.server import open_hub
 
 if TYPE_CHECKING:
     from peerd.checkpoints import Checkpoints

@@ -17,7 +17,7 @@ import trio
 import peerd
 from peerd.cli.keys.identity_file import load_or_create_identity
 from peerd.cli.options.shared import JoinOptions
-from peerd.cli.train_span import TrainRequest, train_span
+from peerd.cli.training.span import TrainRequest, train_span
 from peerd.client.training.span_training import SpanTraining, open_span_training
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.checkpoint.trained import Description, base_of

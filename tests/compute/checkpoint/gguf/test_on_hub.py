@@ -23,7 +23,7 @@ from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 from tests.compute.gguf_models import tiny_config, tiny_model
 from tests.compute.gguf_writer import metadata_of, stored_tensors, write_gguf
-from tests.fakes.hub_server import Fault, HubServer, open_hub
+from tests.fakes.hub.server import Fault, HubServer, open_hub
 
 REPO = "org/tiny-GGUF"
 FILE = "tiny-Q8_0.gguf"

@@ -25,7 +25,7 @@ from peerd.compute.checkpoint.hub.http import Hub, Listing
 from peerd.compute.checkpoint.hub.id import HubId
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.errors import CheckpointError, DiskFullError, HubUnavailableError
-from tests.fakes.hub_server import SEND_BYTES, Fault, HubServer, open_hub
+from tests.fakes.hub.server import SEND_BYTES, Fault, HubServer, open_hub
 
 REPO = "org/files"
 SIZE = 20 * SEND_BYTES

@@ -20,7 +20,7 @@ from peerd.compute.errors import CheckpointError, HubUnavailableError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
-from tests.fakes.hub_server import Fault, HubServer, open_hub
+from tests.fakes.hub.server import Fault, HubServer, open_hub
 
 TinyCheckpoint = Callable[[str], Path]
 

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from peerd.cli import daemon as cli_daemon
+from peerd.cli import process_limits
 from peerd.cli.commands import starting, watching
 from peerd.cli.config.settings import SHARED, settings_of, shared_with
 from peerd.cli.config.writing import commented, toml
@@ -53,7 +54,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Daemon]:
         daemons.append(daemon)
 
     monkeypatch.setattr(cli_daemon, "run_daemon", run_daemon)
-    monkeypatch.setattr(cli_daemon, "raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(process_limits, "raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(process_limits, "share_heaps", lambda: None)
     monkeypatch.setattr(starting, "set_up_logging", lambda *_arguments, **_options: None)
     return daemons
 

@@ -39,7 +39,7 @@ from peerd.compute.llamacpp.span_model import LlamaSpan
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from tests.compute.llamacpp.conftest import needs_llamacpp
-from tests.fakes.hub_server import open_hub
+from tests.fakes.hub.server import open_hub
 from tests.fakes.reach_fixture import EPOCH, HOME, PUBLIC, ROUTER, World, world
 
 QUIET = Working(None, "")

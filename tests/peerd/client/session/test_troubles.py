@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.client.session.live_chain import MAX_REPLAN_S, REPLAN_S, HopRoute, LiveChain
 from peerd.client.session.troubles import (
     Behind,

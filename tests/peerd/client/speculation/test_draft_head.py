@@ -11,7 +11,7 @@ import trio
 
 import peerd
 from peerd.cli.options.shared import JoinOptions
-from peerd.cli.train_draft import DraftRequest, train_draft
+from peerd.cli.training.draft import DraftRequest, train_draft
 from peerd.client.draft_texts import Texts
 from peerd.client.speculation.confidence import GRADES, Ask
 from peerd.client.speculation.draft_head import load_draft_head

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peerd
-from tests.fakes.hub_server import HubServer
+from tests.fakes.hub.server import HubServer
 
 pytestmark = [
     pytest.mark.real_time,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.hops.control_stream import ControlStream
 from peerd.compute.prefixes import common_length
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import PeerFault

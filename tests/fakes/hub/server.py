@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.fakes.hub_uploads import Uploads
+from tests.fakes.hub.uploads import Uploads
 
 # Small enough that a test can stop in the middle of a tiny model's shard.
 SEND_BYTES = 4096

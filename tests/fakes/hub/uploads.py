@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tests.fakes.hub_server import HubServer
+    from tests.fakes.hub.server import HubServer
 
 
 class Uploads:

@@ -1,13 +1,17 @@
-"""A daemon asks for the descriptors that it may have."""
+"""A daemon asks for the descriptors that it may have, and lets its threads share heaps."""
 
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import resource
+import subprocess
+import sys
 
 import pytest
 
-from peerd.cli.daemon import WANTED_FILES, raise_descriptor_limit
+from peerd.cli.process_limits import MAX_HEAPS, WANTED_FILES, raise_descriptor_limit
 
 
 class FakeLimit:
@@ -67,3 +71,44 @@ def test_a_limit_that_cannot_be_raised_is_no_failure(
     raise_descriptor_limit()
     assert limit.now == (1024, 4096)
     assert "cannot raise the limit of open files from 1024 to 4096" in caplog.text
+
+
+# Sixteen threads that hold memory at the same time, and then how many heaps there are.
+THREADS_THAT_ALLOCATE = """
+import ctypes, sys, tempfile, threading
+from peerd.cli.process_limits import share_heaps
+
+share_heaps()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+libc.malloc.restype = ctypes.c_void_p
+together = threading.Barrier(16)
+
+
+def hold():
+    libc.malloc(1000)
+    together.wait()
+
+
+threads = [threading.Thread(target=hold) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+with tempfile.NamedTemporaryFile() as file:
+    stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    print(file.read().count(b"<heap "))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other heaps")
+@pytest.mark.parametrize(("environ", "shared"), [({}, True), ({"MALLOC_ARENA_MAX": "16"}, False)], ids=["", "as asked"])
+def test_the_threads_of_a_daemon_share_heaps_unless_its_owner_wants_others(
+    environ: dict[str, str], shared: bool
+) -> None:
+    command = [sys.executable, "-c", THREADS_THAT_ALLOCATE]
+    environ = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"} | environ
+    heaps = int(subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout)
+    assert (heaps <= MAX_HEAPS) is shared

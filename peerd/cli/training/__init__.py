@@ -1,0 +1,1 @@
+"""What `peerd train-draft` and `peerd train-span` do."""

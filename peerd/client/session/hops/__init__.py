@@ -1,0 +1,1 @@
+"""The streams from a client to the hops of its chain."""
