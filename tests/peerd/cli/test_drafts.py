@@ -25,7 +25,7 @@ class Peer:
         self.drafting_for: list[tuple[str, str, str]] = []
 
     @asynccontextmanager
-    async def model(self, path: str) -> Any:
+    async def model(self, path: str, *, remote_head: bool = False) -> Any:
         facts = SimpleNamespace(name=path.partition("/")[2])
         yield SimpleNamespace(facts=facts, prepare_grammars=trio.lowlevel.checkpoint)
 

@@ -344,8 +344,9 @@ async def test_a_model_that_nobody_serves_is_a_503_that_says_when_to_come_back(o
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_peers_without_room_are_a_429_within_ten_seconds(open_api, stream):
     async with open_api() as (caller, swarm):
-        other = await (await swarm.client()).session(Span(0, BLOCKS), max_length=1000, max_rows=4)
-        await other.step(torch.ones(1, WIDTH))
+        other = await (await swarm.client()).session(Span(0, BLOCKS), max_length=1024, max_rows=4)
+        for row in range(4):
+            await other.step(torch.ones(1024, WIDTH), row=row)
         began = trio.current_time()
         answer = await caller.post("/v1/completions", complete(max_tokens=900, stream=stream))
         assert trio.current_time() - began < 10
