@@ -158,9 +158,13 @@ class Scheduler:
 
     @property
     def missing_pages(self) -> int:
-        """How many pages must become free until all these sessions can run."""
+        """How many pages must become free until all these sessions can run, beside those of sessions that have closed
+        and are still in the running batch.
+        """
         short = [session for session in self._sessions.values() if session.is_short]
-        return sum(session.lacking for session in short) - self._pool.free_pages if short else 0
+        leaving = {session for session, _ in self._running or () if session.closed}
+        soon = self._pool.free_pages + sum(session.reserve.used_pages for session in leaving)
+        return sum(session.lacking for session in short) - soon if short else 0
 
     def pages_of(self, name: Hashable) -> int:
         """How many of the pool's pages a session has."""

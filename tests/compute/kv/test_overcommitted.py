@@ -128,3 +128,21 @@ def test_a_fork_that_waits_for_the_page_of_its_copy_is_done_once():
     engine.close("other")
     assert torch.equal(turn(engine)["beams"], fake_forward(text[:4], SPAN)[3:])
     assert engine.lengths("beams") == {0: 3, 1: 4}
+
+
+def test_pages_that_the_running_batch_of_a_closed_session_still_has_are_not_missing():
+    engine = engine_of(4)
+    for name in ("waits", "closed"):
+        engine.open(name, SessionSize(16, prompt_length=1))
+    submit(engine, "waits", 0, torch.ones(PAGE, WIDTH))
+    submit(engine, "closed", 0, torch.ones(3 * PAGE - 1, WIDTH))
+    turn(engine)
+    submit(engine, "waits", PAGE, torch.ones(1, WIDTH))
+    submit(engine, "closed", 3 * PAGE - 1, torch.ones(1, WIDTH))
+    batch = engine.plan()
+    assert batch is not None
+    assert (engine.short, engine.missing_pages) == (["waits"], 1)
+    engine.close("closed")
+    assert (engine.short, engine.missing_pages) == (["waits"], 1 - 3)
+    engine.collect(batch, engine.run(batch))
+    assert engine.short == []
