@@ -189,6 +189,7 @@ class EngineSession:
         """Fail all queued steps, because they build on a step that failed."""
         results = [queued.fail(error) for queued in self.queue]
         self.queue.clear()
+        self.lacking = 0
         self.settle()
         self.queued = {number: row.state for number, row in self.rows.items() if row.length}
         return results

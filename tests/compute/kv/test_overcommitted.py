@@ -146,3 +146,18 @@ def test_pages_that_the_running_batch_of_a_closed_session_still_has_are_not_miss
     assert (engine.short, engine.missing_pages) == (["waits"], 1 - 3)
     engine.collect(batch, engine.run(batch))
     assert engine.short == []
+
+
+def test_a_session_whose_waiting_steps_failed_waits_no_more_for_their_pages():
+    engine = engine_of(4)
+    for name in ("fails", "full"):
+        engine.open(name, SessionSize(16, prompt_length=1))
+    submit(engine, "fails", 0, torch.ones(PAGE - 1, WIDTH))
+    submit(engine, "full", 0, torch.ones(3 * PAGE, WIDTH))
+    turn(engine)
+    submit(engine, "fails", PAGE - 1, torch.full((1, WIDTH), torch.nan))
+    submit(engine, "fails", PAGE, torch.ones(1, WIDTH))
+    turn(engine)
+    submit(engine, "fails", PAGE - 1, torch.ones(1, WIDTH))
+    assert engine.short == []
+    assert list(turn(engine)) == ["fails"]
