@@ -91,15 +91,16 @@ class Evictions:
             for session in filter(self._is_unused, youngest_first):
                 if missing <= 0:
                     break
-                missing -= task.engine.pages_of(session)
-                _evict(session, f"the session was idle for {session.unused_s():.0f} s while others need its memory")
+                if pages := task.engine.pages_of(session):
+                    missing -= pages
+                    _evict(session, f"the session was idle for {session.unused_s():.0f} s while others need its memory")
             if missing > 0 and trio.current_time() - task.short_since >= SHORT_S:
                 for session in _giving(task, youngest_first):
                     _evict(session, "memory ran out, and sessions of others that are older need it")
                     break
 
     def _youngest_first(self, task: EngineTask) -> list[HostedSession]:
-        """The sessions that hold pages, the last admitted first."""
+        """The admitted sessions, the last one first."""
         age = {session: number for number, session in enumerate(task.tenants)}
         admitted = [session for session in self._sessions.on(task) if session.admitted and session in age]
         return sorted(admitted, key=age.__getitem__, reverse=True)
@@ -117,16 +118,17 @@ def _evict(session: HostedSession, why: str) -> None:
 
 def _giving(task: EngineTask, youngest_first: list[HostedSession]) -> Iterator[HostedSession]:
     """The sessions that give their pages up for older ones whose steps wait, first those of an owner that has too
-    many.
+    many, if another owner waits.
     """
-    pages = Counter[str]()
-    for session in youngest_first:
-        pages[session.owner.share] += task.engine.pages_of(session)
-    for share, held in pages.most_common(1):
-        own = [session for session in youngest_first if session.owner.share == share]
-        if 2 * held > task.engine.total_pages:
-            yield from own[:-1]
-    # A step waits for younger sessions only.
     waiting = set(task.engine.short)
     ages = [age for age, session in enumerate(youngest_first) if session in waiting]
-    yield from youngest_first[: max(ages, default=0)]
+    pages = {session: task.engine.pages_of(session) for session in youngest_first}
+    held = Counter[str]()
+    for session in youngest_first:
+        held[session.owner.share] += pages[session]
+    for share, most in held.most_common(1):
+        own = [session for session in youngest_first if session.owner.share == share and pages[session]]
+        if 2 * most > task.engine.total_pages and any(youngest_first[age].owner.share != share for age in ages):
+            yield from own[:-1]
+    # A step waits for younger sessions only.
+    yield from filter(pages.__getitem__, youngest_first[: max(ages, default=0)])

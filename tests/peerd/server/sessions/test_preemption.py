@@ -118,3 +118,38 @@ async def test_strangers_who_come_later_and_grow_take_nothing_from_a_session_in_
             assert isinstance(row, torch.Tensor)
             await trio.sleep(SHORT_S)
         assert isinstance(await answer(honest, kept, tokens(PAGE), 12, start=3 * PAGE), torch.Tensor)
+
+
+async def test_a_client_alone_whose_younger_session_waits_for_the_older_one_loses_neither(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4, kv_tokens=8 * PAGE)
+        caller = await swarm.caller()
+        ids = [bytes([number]) * 16 for number in range(2)]
+        elder, younger = [(await begun(swarm, host, 2, caller, session=each, max_length=8 * PAGE))[1] for each in ids]
+        await answer(caller, elder, tokens(3 * PAGE), 2, start=2 * PAGE)
+        await answer(caller, younger, tokens(PAGE), 2, start=2 * PAGE)
+        await send(younger, tokens(1), 3, start=3 * PAGE)
+        for seq in range(3, 6):
+            await answer(caller, elder, tokens(1), seq, start=5 * PAGE - 1)
+            await trio.sleep(2 * SHORT_S)
+        assert host.task.engine.short
+        assert host.server.sessions == 2
+
+
+async def test_sessions_without_pages_are_not_ended_for_those_that_need_some(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4, kv_tokens=10 * PAGE)
+        elder, elders = await begun(swarm, host, 1, max_length=10 * PAGE)
+        younger, youngers = await begun(swarm, host, 2, max_length=10 * PAGE)
+        newcomer = await swarm.caller()
+        newcomers = await newcomer.open(host, prompt_length=1, max_length=10 * PAGE)
+        await answer(elder, elders, tokens(5 * PAGE), 2, start=PAGE)
+        await answer(younger, youngers, tokens(2 * PAGE), 2, start=2 * PAGE)
+        for stream, pages in ((elders, 6), (newcomers, 0)):
+            await send(stream, tokens(PAGE), 3 if pages else 1, start=pages * PAGE)
+        await trio.sleep(SHORT_S / 2)
+        await answer(younger, youngers, tokens(1), 3, start=4 * PAGE - 1)
+        for stream in (elders, newcomers):
+            with trio.fail_after(3 * SHORT_S):
+                assert isinstance(await next_answer(stream), torch.Tensor)
+        assert host.server.sessions == 2
