@@ -36,7 +36,8 @@ def believed(
             voices.setdefault(one.voice, []).append(claim)
             if one.is_reached or one.has_served:
                 trusted.setdefault(one.voice, []).append(claim)
-    limits = _Limits(trusted if len(trusted) > 1 else voices)
+    # A client that has reached few servers compares with all: two of them would let a third claim anything.
+    limits = _Limits(trusted if len(trusted) > LEAST_OTHERS else voices)
     shown = proven or {}
     return [min(claim, max(limits.without(known[peer].voice), shown.get(peer, 0.0))) for peer, claim in claims]
 

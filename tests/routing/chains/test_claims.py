@@ -123,3 +123,10 @@ def test_of_two_announced_delays_the_longer_counts(make_offer: MakeOffer) -> Non
     rtts = {first.peer_id: 0.2, liar.peer_id: 0.2, other.peer_id: 0.21}
     chain = plan_chain(OfferTable([first, liar, other]), Span(0, 8), needs=ChainNeeds(rtts), random=Random(1))
     assert chain.hops[-1].peer_id == other.peer_id
+
+
+@pytest.mark.parametrize("reached", [2, 3])
+def test_a_client_that_has_reached_few_servers_compares_with_all(reached: int) -> None:
+    networks = {peer: f"network {number}" for number, peer in enumerate(IDS[:reached])}
+    found = believed(claims_of(*HONEST[:9], 1e9), reached_in(networks))
+    assert found[-1] <= max(HONEST[:9])
