@@ -30,6 +30,9 @@ from peerd.protocol.rows import PREFILL_POSITIONS, RowSlice
 from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import open_tasks
 
+# What a session sent last comes again as it was sent, guesses that were cut later included, one step behind the other.
+SETTLE_S = 2.0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Boundaries:
@@ -127,7 +130,7 @@ class Replays:
             await control.stream.send(header, body, priority=priority_of(len(part)))
 
     async def _hear(self, control: ControlStream, length: int) -> None:
-        """Read until the hop has told what it made of so many positions."""
+        """Read until the hop has told what it made of so many positions, and for a while told nothing else."""
         longest = max(MAX_SKETCH_BYTES, MAX_STEP_POSITIONS * self._width * 4)
         with trio.CancelScope() as heard:
 
@@ -139,7 +142,10 @@ class Replays:
                 elif isinstance(message, Gap):
                     raise Evicted(f"{hop.hop.peer_id} lacks the beginning of what it was sent")
                 if min(len(hop.sketches.inputs), len(hop.sketches.outputs)) >= length:
-                    heard.cancel()
+                    # A guessed position may have reached so far, and a later step cuts it.
+                    heard.deadline = trio.current_time() + SETTLE_S
+                else:
+                    heard.deadline = math.inf
 
             await control.read(note, longest)
 
