@@ -14,7 +14,7 @@ import torch
 from peerd.compute.audits.sketches import Sketcher
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.messages.audits import MAX_SEEDS, Sketch
-from peerd.protocol.messages.session import MAX_ROWS, OpenSession, Step
+from peerd.protocol.messages.session import MAX_ROWS, MAX_STEP_POSITIONS, OpenSession, Step
 from peerd.protocol.rows import RowSlice
 
 # A decoding client gets one message for so many tokens.
@@ -66,7 +66,9 @@ class _Unsent:
     def add(self, step: Step, hidden: torch.Tensor) -> None:
         if not step.rows:
             return
-        if len(self._rows) + len(step.rows) > MAX_ROWS:
+        positions = sum(map(len, self._sketches))
+        # The limits of what one message may hold.
+        if len(self._rows) + len(step.rows) > MAX_ROWS or positions + len(hidden) > MAX_STEP_POSITIONS:
             self._send()
         self._rows += step.rows
         self._sketches.append(self._sketcher.sketch(hidden))
@@ -76,6 +78,8 @@ class _Unsent:
             self._send()
 
     def _send(self) -> None:
+        if not self._sketches:
+            return
         header, body = encode_tensor(torch.cat(self._sketches))
         self._tell(Sketch(of=self._of, rows=tuple(self._rows), tensor=header.to_fields()), body)
         self._rows, self._sketches = [], []
