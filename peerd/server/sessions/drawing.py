@@ -35,6 +35,8 @@ class Drawing:
         self._most_context = opening.size.positions
         self._steps: deque[tuple[Step, torch.Tensor]] = deque()
         self._asked: deque[Sampling | tuple[Draw, list[list[int]]]] = deque()
+        # How many tokens of contexts wait in `_asked`.
+        self._waiting_ids = 0
         self._source: TokenSource | None = None
         self._context: dict[int, list[int]] = {}
         #: Whether a step is being drawn from at this moment, and does not wait for its client.
@@ -53,7 +55,13 @@ class Drawing:
         """
         if len(self._asked) >= MAX_UNUSED_DRAWS:
             raise RemoteProtocolError(f"more than {MAX_UNUSED_DRAWS} draws for steps that did not come")
-        self._asked.append(message if isinstance(message, Sampling) else (message, unpack_ids(message, body)))
+        if isinstance(message, Sampling):
+            self._asked.append(message)
+        else:
+            self._waiting_ids += sum(piece.count for piece in message.context)
+            if self._waiting_ids > 2 * self._most_context:
+                raise RemoteProtocolError("draws with more context than the session has positions, for later steps")
+            self._asked.append((message, unpack_ids(message, body)))
         self._changed.unpark_all()
 
     # What comes from the engine.
@@ -127,6 +135,7 @@ class Drawing:
                 if asked[0].seq > seq:
                     return None
                 self._asked.popleft()
+                self._waiting_ids -= sum(piece.count for piece in asked[0].context)
                 self._note_context(*asked)
                 if asked[0].seq == seq:
                     return asked[0]

@@ -149,6 +149,14 @@ async def test_draws_without_steps_end_the_session(open_drawer):
             await drawer.hear()
 
 
+async def test_more_context_than_the_session_has_positions_does_not_wait_for_steps(open_drawer):
+    async with open_drawer() as drawer:
+        positions = drawer.host.server.spans[0].max_length
+        await drawer.say(Draw(seq=1, context=(RowSlice(0, 0, 2 * positions + 1),)), [1] * (2 * positions + 1))
+        with pytest.raises(RemoteProtocolError, match="more context than the session has positions"):
+            await drawer.hear()
+
+
 async def test_a_body_that_does_not_fit_its_slices_ends_the_session(open_drawer):
     async with open_drawer() as drawer:
         await drawer.say(Draw(seq=1, context=(RowSlice(0, 0, 3),)), (1, 2))
