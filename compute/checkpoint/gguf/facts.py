@@ -21,7 +21,7 @@ Facts = Callable[[GgufFiles, Fields], dict[str, Any]]
 
 _SOFTMAX = 1
 # DeepSeek V2's 160 experts form 8 groups, of which a token may use 3; V3's 256 form 8, of which it may use 4. Files
-# that were written before llama.cpp knew groups do not say so.
+# that were written before llama.cpp knew groups do not say so. GLM 4.5's 160 experts form one.
 _UNSAID_GROUPS: Mapping[int, tuple[int, int]] = MappingProxyType({160: (8, 3), 256: (8, 4)})
 # Llama 4 Maverick has so many experts, and is the only Llama 4 that does not normalise queries and keys.
 _MAVERICK_EXPERTS = 128
@@ -167,7 +167,8 @@ def _routing(file: GgufFiles, name: str, fields: Fields) -> dict[str, Any]:
     """How tokens choose experts, and how many blocks there are without those that only guess further tokens."""
     stated = file.metadata.get
     experts = stated(f"{name}.expert_count")
-    groups, used = _UNSAID_GROUPS.get(experts, (1, 1)) if type(experts) is int else (1, 1)
+    unsaid = name == "deepseek2" and type(experts) is int
+    groups, used = _UNSAID_GROUPS.get(experts, (1, 1)) if unsaid else (1, 1)
     guessing = stated(f"{name}.nextn_predict_layers", 0)
     blocks = _blocks(file, fields)
     if type(guessing) is not int or not 0 <= guessing < blocks:

@@ -120,6 +120,13 @@ def test_files_that_state_no_groups_have_those_of_their_size(
     assert config.topk_method == ("greedy" if groups == (1, 1) else "group_limited_greedy")
 
 
+def test_a_glm_that_states_no_groups_has_one(nothing: Callable[..., Any]) -> None:
+    """GLM 4.5 and 4.6 have as many experts as DeepSeek V2, and files older than llama.cpp's groups."""
+    unsaid: Any = dict.fromkeys(("expert_group_count", "expert_group_used_count"))
+    config = nothing("glm4_moe", expert_count=160, **unsaid)
+    assert (config.n_group, config.topk_group) == (1, 1)
+
+
 def test_a_deepseek_of_other_arithmetic_is_refused(nothing: Callable[..., Any]) -> None:
     with pytest.raises(UnsupportedModelError, match="queries grow with their position"):
         nothing("deepseek_v3", **{"attention.temperature_scale": 0.1})
