@@ -57,6 +57,8 @@ class ScaledRows:
 
 def scaled_rows(pieces: Pieces, *kinds: str, block: tuple[int, int] | None = None) -> ScaledRows:
     """One matrix of `fp8` or `int8`. `block` comes from the configuration; if it is None, the shapes determine it."""
+    if "groups" in pieces:
+        raise pieces.wrong("says which columns share a scale (weight_g_idx), which is not read in this format")
     values = pieces.take("values", *kinds, ndim=2)
     scale = pieces.scale()
     if scale.numel() == 1:

@@ -255,6 +255,22 @@ def test_pieces_that_contradict_each_other_are_refused_with_the_tensors_name(
         load_span(checkpoint, Span(0, 8))
 
 
+def test_columns_in_groups_of_no_order_are_not_taken_for_groups_in_order(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    stored, _ = quantized(source, int8_rows)
+    stem = "model.layers.0.mlp.up_proj"
+    width = stored[f"{stem}.weight"].shape[1]
+    stored[f"{stem}.weight_g_idx"] = torch.arange(width, dtype=torch.int32).flip(0)
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    with (
+        open_checkpoint(save(source, tmp_path / "p", stored, config)) as checkpoint,
+        pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj.*weight_g_idx"),
+    ):
+        load_span(checkpoint, Span(0, 1))
+
+
 def test_quantized_weights_that_the_configuration_does_not_tell_of_are_refused(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
