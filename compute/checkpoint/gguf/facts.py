@@ -167,8 +167,9 @@ def _routing(file: GgufFiles, name: str, fields: Fields) -> dict[str, Any]:
     """How tokens choose experts, and how many blocks there are without those that only guess further tokens."""
     stated = file.metadata.get
     experts = stated(f"{name}.expert_count")
-    unsaid = name == "deepseek2" and type(experts) is int
-    groups, used = _UNSAID_GROUPS.get(experts, (1, 1)) if unsaid else (1, 1)
+    groups, used = 1, 1
+    if name == "deepseek2" and isinstance(experts, int):
+        groups, used = _UNSAID_GROUPS.get(experts, (1, 1))
     guessing = stated(f"{name}.nextn_predict_layers", 0)
     blocks = _blocks(file, fields)
     if type(guessing) is not int or not 0 <= guessing < blocks:
